@@ -1,0 +1,208 @@
+"""The nouns that travel through one training step.
+
+Shape letters, here and in every file: B rows, S sequences, T positions, D d_model, F features, K listed entries per
+row, M constraints, V vocabulary, N planted features. `z_BK` names its axes. A feature is a row, in both matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NewType
+
+import torch
+from attrs import evolve, field, frozen
+from torch import Tensor
+
+from spalf.core.mesh import Mesh
+
+if TYPE_CHECKING:
+    from spalf.core.protocols import Autoencoder, Metric, Ops, Stream
+
+Raw = NewType("Raw", Tensor)
+"""Activations, directions or dictionary rows in the model's own coordinates."""
+
+White = NewType("White", Tensor)
+"""The same in whitened coordinates. Only a `Metric` turns one into the other."""
+
+
+@frozen(kw_only=True)
+class Facts:
+    """What a source knows before it loads a weight.
+
+    `provides` names what its stream can give: "activations" always; "tokens", "logits" and "unembedding" with a
+    language model; "truth" with planted features. FLOPs are per activation (one token).
+    """
+
+    d_model: int
+    n_vocab: int = 0
+    provides: frozenset[str] = frozenset({"activations"})
+    hook: str = ""
+    model: str = ""
+    context: int = 0
+    n_parameters: int = 0
+    flops_to_hook: float = 0.0
+    flops_full: float = 0.0
+    bytes_per_activation: int = 0
+    shuffle: int = 0
+
+
+@frozen(kw_only=True)
+class Clock:
+    """Training time: steps done of steps in all, the phase, and the step at which that phase was entered."""
+
+    step: int = 0
+    total: int = 1
+    phase: str = ""
+    entered: int = 0
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget spent, in [0, 1]."""
+        return min(1.0, self.step / max(1, self.total))
+
+    @property
+    def exhausted(self) -> bool:
+        return self.step >= self.total
+
+    def due(self, every: int) -> bool:
+        """Whether the step that now ends is one of every `every`, counted from the phase's first."""
+        return every > 0 and (self.step + 1 - self.entered) % every == 0
+
+    def next(self) -> Clock:
+        return evolve(self, step=self.step + 1)
+
+    def next_phase(self, name: str) -> Clock:
+        return evolve(self, phase=name, entered=self.step)
+
+
+@frozen(kw_only=True, eq=False)
+class Batch:
+    """Rows of one shuffled block; `truth_BN` holds the planted codes where a source has them, else None."""
+
+    x_BD: Raw
+    truth_BN: Tensor | None = None
+
+
+@frozen(kw_only=True, eq=False)
+class Sequences:
+    """Whole contexts of token ids. `real_ST` is False at padding; position 0 has no context and is never patched."""
+
+    tokens_ST: Tensor
+    real_ST: Tensor
+
+
+@frozen(kw_only=True, eq=False)
+class Code:
+    """A sparse code, dense (`index_BK` is None and K = F) or compact.
+
+    A compact code lists every active entry and every entry that the surrogate's window can reach; padding points at
+    `width` and has gate 0 and z 0. `overflow` is a boolean scalar on the device: a compact list was too short.
+    """
+
+    pre_BK: Tensor
+    gate_BK: Tensor
+    z_BK: Tensor
+    index_BK: Tensor | None
+    width: int
+    overflow: Tensor
+
+    def l0_B(self) -> Tensor:
+        """Active features per row; differentiable through the gate's surrogate."""
+        return self.gate_BK.sum(-1)
+
+    def scatter(self, value_BK: Tensor) -> Tensor:
+        """[B, F] from one value per listed entry; entries that are not listed are 0."""
+        if self.index_BK is None:
+            return value_BK
+        out = value_BK.new_zeros((value_BK.shape[0], self.width + 1))
+        return out.scatter_add(1, self.index_BK, value_BK)[:, : self.width]
+
+    def dense(self) -> Tensor:
+        """z as [B, F]."""
+        return self.scatter(self.z_BK)
+
+    def fired_F(self) -> Tensor:
+        """How many rows of this batch fired each feature, int64."""
+        on = (self.gate_BK.detach() > 0).to(torch.int64)
+        if self.index_BK is None:
+            return on.sum(0)
+        counts = torch.zeros(self.width + 1, dtype=torch.int64, device=on.device)
+        return counts.scatter_add_(0, self.index_BK.reshape(-1), on.reshape(-1))[: self.width]
+
+
+@frozen(kw_only=True, eq=False)
+class Forward:
+    """One pass through the autoencoder, all in whitened coordinates."""
+
+    white_BD: White
+    code: Code
+    white_hat_BD: White
+
+
+@frozen(kw_only=True, eq=False)
+class View:
+    """All that a term or a constraint may look at; it carries the autograd graph."""
+
+    batch: Batch
+    forward: Forward
+    sae: Autoencoder
+    metric: Metric
+    anchors: Mapping[str, Raw]
+    stream: Stream
+    clock: Clock
+    draw: torch.Generator
+    reconstruct: Callable[[Raw], Raw]
+    """A second pass over any raw activations [..., D], with graph, for patched models."""
+
+
+def _detached(instance: Any, attribute: Any, value: Tensor) -> None:
+    if value.requires_grad:
+        raise ValueError(f"Signal.{attribute.name} carries a graph: controllers take detached values only")
+
+
+@frozen(kw_only=True, eq=False)
+class Violations:
+    """Dimensionless violations g = value / budget - 1 of this batch, with their graph; 0 where a constraint is off."""
+
+    names: tuple[str, ...]
+    g_M: Tensor
+
+
+@frozen(kw_only=True, eq=False)
+class Signal:
+    """What a controller sees of the violations: this batch's, two filtered ones, and the fast one of the last tick."""
+
+    g_M: Tensor = field(validator=_detached)
+    fast_M: Tensor = field(validator=_detached)
+    slow_M: Tensor = field(validator=_detached)
+    previous_M: Tensor = field(validator=_detached)
+    on_M: Tensor = field(validator=_detached)
+
+
+@frozen(kw_only=True, eq=False)
+class Reading:
+    """What one step tells its observers. Tensors stay on the device until `scalars` is called."""
+
+    step: int
+    phase: str
+    names: tuple[str, ...] = ()
+    values: Mapping[str, Tensor] = field(factory=dict)
+    per_constraint: Mapping[str, Tensor] = field(factory=dict)
+
+    def scalars(self) -> dict[str, Any]:
+        """Plain numbers, nested as metrics.jsonl holds them. Waits for the device: call it rarely."""
+        out: dict[str, Any] = {"step": self.step, "phase": self.phase}
+        out.update({k: float(v) for k, v in self.values.items()})
+        rows = {k: v.tolist() for k, v in self.per_constraint.items()}
+        if self.names:
+            out["constraints"] = {n: {k: rows[k][i] for k in rows} for i, n in enumerate(self.names)}
+        return out
+
+
+@frozen(kw_only=True, eq=False)
+class Machine:
+    """Where an autoencoder computes: the device, its mesh and the kernels' operations."""
+
+    device: torch.device
+    ops: Ops
+    mesh: Mesh = field(factory=Mesh)
