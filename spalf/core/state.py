@@ -103,9 +103,14 @@ class Learner:
             moments = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             self.optimizer.state.pop(parameter, None)
             if moments:
-                self.optimizer.state[parameter] = {
-                    k: v.clone() if isinstance(v, Tensor) else v for k, v in moments.items()
-                }
+                self.optimizer.state[parameter] = {k: self._placed(v, parameter) for k, v in moments.items()}
+
+    def _placed(self, value: Any, parameter: Tensor) -> Any:
+        """A moment where the optimizer wants it: plain Adam counts steps on the CPU, a fused one on the device."""
+        if not isinstance(value, Tensor):
+            return value
+        fused = bool(self.optimizer.param_groups[0].get("fused"))
+        return value.to(parameter.device if fused or value.ndim else "cpu", copy=True)
 
 
 @define(kw_only=True, eq=False)
@@ -140,7 +145,7 @@ class TrainingState:
     """The current phase's own state."""
     stream: Stream
     rng: Rng
-    fired_F: Tensor
+    silent_F: Tensor
     """Activations since each feature last fired, int64: what "dead" is judged by."""
     measured: dict[str, float]
     """Numbers calibrated on the way (covariance tokens, alpha, baseline losses), by name."""

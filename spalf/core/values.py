@@ -170,13 +170,17 @@ class Violations:
 
 @frozen(kw_only=True, eq=False)
 class Signal:
-    """What a controller sees of the violations: this batch's, two filtered ones, and the fast one of the last tick."""
+    """What a controller sees of the violations: this batch's, two filtered ones, and the fast one of the last tick.
+
+    `rho_M` are the penalties in force, for laws whose gain follows them.
+    """
 
     g_M: Tensor = field(validator=_detached)
     fast_M: Tensor = field(validator=_detached)
     slow_M: Tensor = field(validator=_detached)
     previous_M: Tensor = field(validator=_detached)
     on_M: Tensor = field(validator=_detached)
+    rho_M: Tensor = field(factory=lambda: torch.ones(()), validator=_detached)
 
 
 @frozen(kw_only=True, eq=False)

@@ -1,0 +1,191 @@
+"""A run: its phases in order, its checkpoints, its observers. No mathematics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import define, evolve, field
+from torch import Tensor
+
+from spalf.core.protocols import Stream
+from spalf.core.recipe import Plan
+from spalf.core.state import TrainingState
+from spalf.core.tree import to
+from spalf.core.values import Batch, Reading
+from spalf.engine import checkpoint
+from spalf.engine.build import build
+from spalf.errors import DivergedError, RunError
+
+ASK_EVERY = 10  # steps between asking a gate, which waits for the device
+
+
+class TimedStream:
+    """A stream that adds the seconds spent in `next` to `wall["harvest"]`."""
+
+    def __init__(self, stream: Stream, wall: dict[str, float]) -> None:
+        self._stream, self._wall = stream, wall
+
+    def next(self, n: int) -> Batch:
+        begin = time.perf_counter()
+        try:
+            return self._stream.next(n)
+        finally:
+            self._wall["harvest"] = self._wall.get("harvest", 0.0) + time.perf_counter() - begin
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._stream.load_state_dict(state)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@define(kw_only=True, eq=False)
+class Run:
+    """A plan, its state and its directory. `hooks` is pluggy's caller of the observers."""
+
+    plan: Plan
+    state: TrainingState
+    directory: Path
+    hooks: Any
+    recipe_text: str
+    wall: dict[str, float] = field(factory=dict)
+    outcome: str = "running"
+    _serial: int = 0
+    _since_save: int = 0
+    _stop: bool = False
+    _enter: bool = True
+
+    @classmethod
+    def start(cls, plan: Plan, directory: Path, *, device: torch.device, hooks: Any, recipe_text: str) -> Run:
+        """A run at step 0 whose first phase is still to be entered."""
+        wall: dict[str, float] = {}
+        with _timed(wall, "build"):
+            state = build(plan, device)
+        state.stream = TimedStream(state.stream, wall)  # type: ignore[assignment]
+        return cls(plan=plan, state=state, directory=directory, hooks=hooks, recipe_text=recipe_text, wall=wall)
+
+    @classmethod
+    def resume(cls, plan: Plan, path: Path, *, device: torch.device, hooks: Any, recipe_text: str) -> Run:
+        """The run that wrote the checkpoint at `path`, at the step where it was written."""
+        run = cls.start(plan, path.parent.parent, device=device, hooks=hooks, recipe_text=recipe_text)
+        meta = checkpoint.load(path, plan, run.state)
+        # An overridden budget moves the end of the run, and nothing else.
+        run.state.clock = _with_total(run.state, plan.total_steps)
+        run.wall.update({k: float(v) for k, v in meta.get("wall", {}).items() if k != "build"})
+        run._serial = int(meta["serial"])
+        run._enter = False
+        return run
+
+    def stop(self) -> None:
+        """Ask for a checkpoint and an end after the step that is being taken. Safe to call from a signal handler."""
+        self._stop = True
+
+    def train(self, stop_at: int | None = None) -> str:
+        """Run the phases to their end, or to step `stop_at`; returns "done" or "stopped".
+
+        Raises DivergedError when a number stops being finite, RunError on anything a phase cannot go on from.
+        """
+        phases = self.plan.recipe.phases
+        for name in phases[phases.index(self.state.clock.phase) :]:
+            if name != self.state.clock.phase:
+                self._next(name)
+            if self._enter:
+                self._enter_phase(name)
+            if not self._through(name, stop_at):
+                self.outcome = "stopped"
+                return self.outcome
+        self.outcome = "done"
+        return self.outcome
+
+    def save(self) -> Path:
+        """Write a checkpoint and tell the observers."""
+        with _timed(self.wall, "save"):
+            self._serial += 1
+            where = self.directory / "checkpoints"
+            extra = {"serial": self._serial, "wall": {k: round(v, 3) for k, v in self.wall.items()}}
+            path = checkpoint.save(self.plan, self.state, where, self.recipe_text, extra)
+            checkpoint.prune(where, self.plan.recipe.record.keep)
+        self._since_save = 0
+        self.hooks.spalf_saved(run=self, path=path)
+        return path
+
+    # ------------------------------------------------------------------------------------------------ inside
+    def _next(self, name: str) -> None:
+        self.state.clock = self.state.clock.next_phase(name)
+        self.state.phase = to(self.plan.recipe.phase[name].init(self.plan), self.state.device)
+        self._enter = True
+
+    def _enter_phase(self, name: str) -> None:
+        with _timed(self.wall, name, minus=("harvest",)):
+            self.plan.recipe.phase[name].enter(self.plan, self.state)
+        self._enter = False
+        self.hooks.spalf_phase_entered(run=self, name=name)
+
+    def _through(self, name: str, stop_at: int | None) -> bool:
+        """Steps of one phase until it is done; False where the run was asked to stop."""
+        phase = self.plan.recipe.phase[name]
+        while not self._done(name):
+            if self._stop or (stop_at is not None and self.state.clock.step >= stop_at):
+                self.save()
+                return False
+            with _timed(self.wall, name, minus=("harvest",)):
+                reading = phase.step(self.plan, self.state)
+            self._check(reading)
+            self.hooks.spalf_stepped(run=self, reading=reading)
+            self._since_save += 1
+            if self._since_save >= self.plan.recipe.record.save_every:
+                self.save()
+        self.save()
+        return True
+
+    def _done(self, name: str) -> bool:
+        clock = self.state.clock
+        asked = clock.exhausted or clock.step % ASK_EVERY == 0
+        return asked and self.plan.recipe.phase[name].done(self.plan, self.state)
+
+    def _check(self, reading: Reading) -> None:
+        """Raises DivergedError that names what was being computed. On a device it looks only when a line is logged."""
+        every = self.plan.recipe.record.log_every if self.state.device.type == "cuda" else 1
+        if reading.step % every:
+            return
+        bad = [name for name, value in reading.values.items() if not bool(torch.isfinite(value))]
+        for kind, value_M in reading.per_constraint.items():
+            bad += [f"{kind} of {n}" for n, v in zip(reading.names, value_M, strict=True) if not _finite(v)]
+        if bad:
+            self.outcome = "diverged"
+            last = checkpoint.all_in(self.directory / "checkpoints")
+            kept = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint had been written yet"
+            raise DivergedError(
+                f"step {reading.step} of phase {reading.phase}: not finite: {', '.join(bad)}; {kept} "
+                "(lower knobs.lr, or look at the multipliers in metrics.jsonl)"
+            )
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(torch.isfinite(value)) if value.is_floating_point() else True
+
+
+def _with_total(state: TrainingState, total: int) -> Any:
+    if total < state.clock.step:
+        raise RunError(f"budget: asks for {total} steps in all, but {state.clock.step} are done (raise budget.tokens)")
+    return evolve(state.clock, total=total)
+
+
+@contextmanager
+def _timed(wall: dict[str, float], name: str, minus: tuple[str, ...] = ()) -> Iterator[None]:
+    """Add the seconds of a block to `wall[name]`, less what the block added to the parts in `minus`."""
+    before = sum(wall.get(m, 0.0) for m in minus)
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        other = sum(wall.get(m, 0.0) for m in minus) - before
+        wall[name] = wall.get(name, 0.0) + time.perf_counter() - begin - other

@@ -1,0 +1,175 @@
+"""One primal-dual step: look, measure, descend, control. Knows protocols, never a part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from spalf.core.recipe import Plan
+from spalf.core.state import TrainingState
+from spalf.core.values import Batch, Forward, Raw, Reading, Signal, View, Violations, White
+from spalf.engine import control
+from spalf.errors import DeadConstraintError
+
+
+DEAD_AFTER = 10_000_000
+
+
+def dead_window(plan: Plan) -> int:
+    """Activations without firing after which a feature counts as dead: 1e7, or a fifth of a shorter run."""
+    return min(DEAD_AFTER, plan.recipe.budget.tokens // 5)
+
+
+@frozen(kw_only=True, eq=False)
+class Measures:
+    """The objective's terms by name, and every active constraint's violation, with their graph."""
+
+    terms: Mapping[str, Tensor]
+    violations: Violations
+
+    def objective(self) -> Tensor:
+        """Sum of the terms, in name order."""
+        return torch.stack([self.terms[name] for name in sorted(self.terms)]).sum()
+
+
+def look(state: TrainingState, x_BD: Raw, dense: bool = False) -> Forward:
+    """One pass in whitened coordinates; nothing raw goes further."""
+    white_BD = state.metric.white(x_BD)
+    code = state.sae.encode(white_BD, dense)
+    return Forward(white_BD=white_BD, code=code, white_hat_BD=state.sae.decode(code))
+
+
+def reconstructor(state: TrainingState) -> Callable[[Raw], Raw]:
+    """A function from raw activations [..., D] to their reconstruction, with graph."""
+
+    def reconstruct(x: Raw) -> Raw:
+        flat_BD = Raw(x.reshape(-1, x.shape[-1]).float())
+        white_BD = state.metric.white(flat_BD)
+        hat_BD = state.metric.raw(state.sae.decode(state.sae.encode(white_BD)))
+        return Raw(hat_BD.reshape(x.shape).to(x.dtype))
+
+    return reconstruct
+
+
+def view_of(state: TrainingState, batch: Batch, forward: Forward) -> View:
+    """What terms and constraints may look at."""
+    return View(
+        batch=batch,
+        forward=forward,
+        sae=state.sae,
+        metric=state.metric,
+        anchors=state.anchors,
+        stream=state.stream,
+        clock=state.clock,
+        draw=state.rng.device,
+        reconstruct=reconstructor(state),
+    )
+
+
+def needs_dense(plan: Plan, terms: Collection[str], constraints: Collection[str]) -> bool:
+    """Whether any active part reads entries that a compact code leaves out."""
+    recipe = plan.recipe
+    return any(recipe.term[t].dense for t in terms) or any(recipe.constraint[c].dense for c in constraints)
+
+
+def values(plan: Plan, view: View, constraints: Collection[str]) -> dict[str, Tensor]:
+    """Each named constraint's value, summed over feature shards where it is partial."""
+    out = {}
+    for name in constraints:
+        part = plan.recipe.constraint[name]
+        value = part.value(view)
+        out[name] = view.sae.machine.mesh.sum(value) if part.partial else value
+    return out
+
+
+def measure(plan: Plan, state: TrainingState, view: View, terms: Sequence[str], constraints: Sequence[str]) -> Measures:
+    """Terms, and g = value / budget - 1 for each active constraint (0 where off), float32."""
+    mesh = view.sae.machine.mesh
+    measured = {}
+    for name in terms:
+        value = plan.recipe.term[name].value(view)
+        measured[name] = mesh.sum(value) if plan.recipe.term[name].partial else value
+    value_of = values(plan, view, constraints)
+    zero = torch.zeros((), device=state.device)
+    g = [
+        value_of[name].float() / state.control.budget_M[i] - 1.0 if name in value_of else zero
+        for i, name in enumerate(plan.constraints)
+    ]
+    g_M = torch.stack(g) if g else zero.expand(0)
+    return Measures(terms=measured, violations=Violations(names=plan.constraints, g_M=g_M))
+
+
+def refuse_dead(measures: Measures, constraints: Collection[str]) -> None:
+    """Raises DeadConstraintError for a term's sum or a constraint that depends on no parameter."""
+    dead = [f'term "{n}"' for n, v in measures.terms.items() if not v.requires_grad]
+    g_M, names = measures.violations.g_M, measures.violations.names
+    dead += [f'constraint "{n}"' for i, n in enumerate(names) if n in constraints and not _live(g_M, i)]
+    if dead:
+        raise DeadConstraintError(
+            f"{', '.join(dead)}: the value depends on no parameter, so no step can change it "
+            "(compute it from view.forward or view.reconstruct, without detach or no_grad)"
+        )
+
+
+def _live(g_M: Tensor, i: int) -> bool:
+    """Whether entry `i` of a stack carries a graph: a stack hides which of its parts do."""
+    return g_M.grad_fn is not None and g_M.grad_fn.next_functions[i][0] is not None
+
+
+def primal_dual_step(
+    plan: Plan,
+    state: TrainingState,
+    terms: Sequence[str],
+    constraints: Sequence[str],
+    hold: Collection[str] = (),
+) -> tuple[Reading, Signal]:
+    """Take one batch, one optimizer step and one control step; advances the clock.
+
+    Raises DeadConstraintError at the first step of a phase. No host synchronisation happens here.
+    """
+    recipe = plan.recipe
+    batch = state.stream.next(recipe.budget.batch)
+    forward = look(state, batch.x_BD, needs_dense(plan, terms, constraints))
+    measures = measure(plan, state, view_of(state, batch, forward), terms, constraints)
+    if state.clock.step == state.clock.entered:
+        refuse_dead(measures, constraints)
+    objective = measures.objective()
+    loss = recipe.lagrangian(objective, measures.violations, state.control)
+    state.learner.descend(loss, state.clock)
+    g_M = measures.violations.g_M.detach()
+    state.control, signal = control.step(
+        recipe.filter, recipe.dual, recipe.penalty, state.control, g_M, state.clock, hold
+    )
+    fired_F = forward.code.fired_F()
+    state.silent_F = torch.where(fired_F > 0, 0, state.silent_F + batch.x_BD.shape[0])
+    reading = _reading(plan, state, forward, measures, loss, signal)
+    state.clock = state.clock.next()
+    return reading, signal
+
+
+@torch.no_grad()
+def _reading(
+    plan: Plan, state: TrainingState, forward: Forward, measures: Measures, loss: Tensor, signal: Signal
+) -> Reading:
+    numbers = {"loss": loss.detach(), "l0": forward.code.l0_B().detach().mean()}
+    numbers.update({f"term.{k}": v.detach() for k, v in measures.terms.items()})
+    # Two more products and a dead count: only where a line is logged.
+    if state.clock.due(plan.recipe.record.log_every):
+        error_BD = White(forward.white_BD - forward.white_hat_BD)
+        for space, e_BD in (("raw", state.metric.raw_direction(error_BD)), ("white", error_BD)):
+            numbers[f"r2_{space}"] = 1 - e_BD.square().sum(-1).mean() / state.metric.variance(space)
+        numbers["gain"] = state.sae.log_gain.detach().exp()
+        numbers["dead"] = (state.silent_F > dead_window(plan)).float().mean()
+        numbers["lr"] = torch.tensor(plan.knobs.lr * plan.recipe.optimizer.scale(state.clock))
+    per = {"g": signal.g_M, "fast": signal.fast_M, "lam": state.control.lam_M, "rho": state.control.rho_M}
+    per["on"] = state.control.on_M
+    return Reading(
+        step=state.clock.step + 1,
+        phase=state.clock.phase,
+        names=plan.constraints,
+        values=numbers,
+        per_constraint=per,
+    )

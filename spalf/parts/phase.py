@@ -1,0 +1,153 @@
+"""Phases: `calibrate` settles what is measured, `constrained` is every stretch of training by gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from attrs import evolve, field, frozen
+from attrs.validators import gt
+from torch import Tensor
+
+from spalf.core.protocols import Gate
+from spalf.core.recipe import Derived, Plan
+from spalf.core.slots import phase
+from spalf.core.state import TrainingState
+from spalf.core.values import Raw, Reading
+from spalf.engine import control, initialise, moments
+from spalf.engine.step import look, needs_dense, primal_dual_step, values, view_of
+
+
+@frozen(kw_only=True, eq=False)
+class CalibrateState:
+    """Moments so far, and whether they have been poured into metric and dictionary."""
+
+    convergence: moments.Convergence
+    finished: bool = False
+
+
+@phase("calibrate")
+class Calibrate:
+    """Streaming mean and covariance until they settle; then whitener, anchors, rows, thresholds and gain.
+
+    Takes no gradient and spends no training budget. Ends when the covariance changes by less than `tolerance`
+    (relative Frobenius norm) between snapshots min(d^2, 1e6) activations apart, after at least 10 d activations, or at
+    `samples`; which one ended it is recorded.
+    """
+
+    samples: int = field(default=200_000_000, validator=gt(0))
+    tolerance: float = field(default=1e-3, validator=gt(0.0))
+
+    def init(self, plan: Plan) -> CalibrateState:
+        return CalibrateState(convergence=moments.init(plan.facts.d_model))
+
+    def enter(self, plan: Plan, state: TrainingState) -> None:
+        """Nothing to prepare: `init` has allocated the moments."""
+
+    def step(self, plan: Plan, state: TrainingState) -> Reading:
+        own: CalibrateState = state.phase
+        x_BD = state.stream.next(plan.recipe.budget.batch).x_BD
+        convergence = moments.update(own.convergence, x_BD)
+        verdict = moments.verdict(convergence, 10 * plan.facts.d_model, self.samples, self.tolerance)
+        state.phase = evolve(own, convergence=convergence)
+        if verdict:
+            self._finish(plan, state, verdict)
+        device = state.device
+        numbers = {
+            "tokens": torch.as_tensor(float(convergence.moments.n), device=device),
+            "change": torch.as_tensor(float(convergence.change), device=device),
+        }
+        return Reading(step=state.clock.step, phase=state.clock.phase, values=numbers)
+
+    def done(self, plan: Plan, state: TrainingState) -> bool:
+        own: CalibrateState = state.phase
+        return own.finished
+
+    def derive(self, plan: Plan) -> list[Derived]:
+        """Rows for `spalf compile`."""
+        return [
+            Derived(
+                path="calibrate.tokens",
+                value=None,
+                formula=f"until the covariance changes by < {self.tolerance:g}, at least 10 d_model, at most {self.samples:,}",
+                origin="phase.calibrate",
+            )
+        ]
+
+    def _finish(self, plan: Plan, state: TrainingState, verdict: str) -> None:
+        own: CalibrateState = state.phase
+        m = own.convergence.moments
+        plan.recipe.whitener.fit_(state.metric, m.mean_D, moments.covariance(m))
+        sample = initialise.sample_size(initialise.start_density(plan))
+        white_BD = state.metric.white(state.stream.next(sample).x_BD)
+        initialise.initialise(plan, state, white_BD)
+        report = getattr(state.metric, "report", dict)()
+        state.measured.update({f"whitener.{k}": float(v) for k, v in report.items()})
+        state.measured["calibrate.tokens"] = float(m.n)
+        state.measured["calibrate.change"] = float(own.convergence.change)
+        state.measured["calibrate.converged"] = float(verdict == "converged")
+        state.measured["gain"] = float(state.sae.log_gain.exp())
+        state.phase = evolve(own, finished=True)
+
+
+@phase("constrained")
+class Constrained:
+    """Minimise the sum of `terms` subject to `constraints` until `gate` opens or the budget is spent.
+
+    `hold` names what stays frozen of "dual" and "penalty". `handover` maps a constraint that ends to one that takes
+    over its multiplier and penalty. Constraints that are already on keep their budgets and multipliers; entering ones
+    measure a budget on one batch.
+    """
+
+    terms: tuple[str, ...] = ("l0",)
+    constraints: tuple[str, ...] = ()
+    gate: Gate[Any]
+    hold: tuple[str, ...] = ()
+    handover: Mapping[str, str] = field(factory=dict)
+
+    def init(self, plan: Plan) -> Any:
+        return self.gate.init()
+
+    def enter(self, plan: Plan, state: TrainingState) -> None:
+        names = plan.constraints
+        device = state.device
+        on_M = torch.tensor([n in self.constraints for n in names], dtype=torch.bool, device=device)
+        entering_M = on_M & ~state.control.on_M
+        if self.handover:
+            state.control = control.hand_over(
+                state.control, [(names.index(a), names.index(b)) for a, b in self.handover.items()]
+            )
+        state.control = evolve(state.control, on_M=on_M)
+        if not bool(entering_M.any()):
+            return
+        entering = [n for i, n in enumerate(names) if bool(entering_M[i])]
+        budget_M, g_M = self._first_look(plan, state, entering)
+        state.control = control.enter(plan.recipe.filter, plan.recipe.penalty, state.control, entering_M, budget_M, g_M)
+        for i, name in enumerate(names):
+            if name in entering:
+                state.measured[f"{name}.budget"] = float(budget_M[i])
+                state.measured[f"{name}.entered_at"] = float(g_M[i])
+
+    def step(self, plan: Plan, state: TrainingState) -> Reading:
+        reading, signal = primal_dual_step(plan, state, self.terms, self.constraints, self.hold)
+        state.phase = self.gate.step(state.phase, signal, state.clock)
+        return reading
+
+    def done(self, plan: Plan, state: TrainingState) -> bool:
+        return state.clock.exhausted or self.gate.open(state.phase, state.clock)
+
+    @torch.no_grad()
+    def _first_look(self, plan: Plan, state: TrainingState, entering: list[str]) -> tuple[Tensor, Tensor]:
+        """Budgets of the entering constraints and their violations on one batch."""
+        batch = state.stream.next(plan.recipe.budget.batch)
+        forward = look(state, Raw(batch.x_BD), needs_dense(plan, (), entering))
+        view = view_of(state, batch, forward)
+        budget_M = state.control.budget_M.clone()
+        g_M = torch.zeros_like(budget_M)
+        measured = values(plan, view, entering)
+        for i, name in enumerate(plan.constraints):
+            if name in measured:
+                budget_M[i] = plan.recipe.constraint[name].budget(view).detach()
+                g_M[i] = measured[name] / budget_M[i] - 1.0
+        return budget_M, g_M
