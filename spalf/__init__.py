@@ -1,47 +1,69 @@
-"""spalf: sparse autoencoders as constrained problems. Name the targets; the multipliers find the coefficients."""
+"""spalf: sparse autoencoders as constrained problems. Name the targets; the multipliers find the coefficients.
+
+Names are imported when they are first used, so that `spalf --help` does not wait for torch.
+"""
 
 from __future__ import annotations
 
-from spalf.core.protocols import Activator, Autoencoder, Metric, Ops, Stream
-from spalf.core.recipe import Budget, Derived, Knobs, Plan, Recipe, Record
-from spalf.core.slots import (
-    ComponentRef,
-    activation,
-    constraint,
-    dual,
-    evaluator,
-    filter,
-    from_knob,
-    gate,
-    kernel,
-    lagrangian,
-    optimizer,
-    penalty,
-    phase,
-    source,
-    stratum,
-    term,
-    whitener,
-)
-from spalf.core.state import Anchor, ControlState, Learner, TrainingState
-from spalf.core.values import (
-    Batch,
-    Clock,
-    Code,
-    Facts,
-    Forward,
-    Machine,
-    Raw,
-    Reading,
-    Sequences,
-    Signal,
-    View,
-    Violations,
-    White,
-)
-from spalf.hooks import hookimpl
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spalf.core.protocols import Activator, Autoencoder, Metric, Ops, Stream
+    from spalf.core.recipe import Budget, Derived, Knobs, Plan, Recipe, Record
+    from spalf.core.slots import (
+        ComponentRef,
+        activation,
+        constraint,
+        dual,
+        evaluator,
+        filter,
+        from_knob,
+        gate,
+        kernel,
+        lagrangian,
+        optimizer,
+        penalty,
+        phase,
+        source,
+        stratum,
+        term,
+        whitener,
+    )
+    from spalf.core.state import Anchor, ControlState, Learner, TrainingState
+    from spalf.core.values import (
+        Batch,
+        Clock,
+        Code,
+        Facts,
+        Forward,
+        Machine,
+        Raw,
+        Reading,
+        Sequences,
+        Signal,
+        View,
+        Violations,
+        White,
+    )
+    from spalf.hooks import hookimpl
+    from spalf.launch import load, resume, run
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "spalf.core.protocols": "Activator Autoencoder Metric Ops Stream",
+    "spalf.core.recipe": "Budget Derived Knobs Plan Recipe Record",
+    "spalf.core.slots": (
+        "ComponentRef activation constraint dual evaluator filter from_knob gate kernel lagrangian optimizer penalty "
+        "phase source stratum term whitener"
+    ),
+    "spalf.core.state": "Anchor ControlState Learner TrainingState",
+    "spalf.core.values": ("Batch Clock Code Facts Forward Machine Raw Reading Sequences Signal View Violations White"),
+    "spalf.hooks": "hookimpl",
+    "spalf.launch": "load resume run",
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "Activator",
@@ -84,11 +106,26 @@ __all__ = [
     "hookimpl",
     "kernel",
     "lagrangian",
+    "load",
     "optimizer",
     "penalty",
     "phase",
+    "resume",
+    "run",
     "source",
     "stratum",
     "term",
     "whitener",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
