@@ -1,190 +1,48 @@
-"""One protocol per slot, and one for each thing that a slot's components build.
+"""One protocol per slot.
 
-A component is a frozen record of options; what it builds holds the tensors. `S` is a component's own state: a frozen
-attrs record of tensors, opaque to everybody else.
+A component is a frozen record of options; what it builds (`core/built.py`) holds the tensors. `S` is a component's own
+state: a frozen attrs record of tensors, opaque to everybody else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from spalf.core.built import Activator, Autoencoder, Metric, Ops, Stream
 from spalf.core.recipe import Plan
-from spalf.core.state import Anchor, ControlState, Learner, TrainingState
-from spalf.core.values import (
-    Batch,
-    Clock,
-    Code,
-    Facts,
-    Machine,
-    Raw,
-    Reading,
-    Sequences,
-    Signal,
-    View,
-    Violations,
-    White,
-)
+from spalf.core.state import Anchor, ControlState, TrainingState
+from spalf.core.values import Clock, Facts, Reading, Signal, View, Violations, White
+
+__all__ = [
+    "Activation",
+    "Activator",
+    "Autoencoder",
+    "Constraint",
+    "Dual",
+    "Evaluator",
+    "Filter",
+    "Gate",
+    "Kernel",
+    "Lagrangian",
+    "Metric",
+    "Ops",
+    "Optimizer",
+    "Penalty",
+    "Phase",
+    "Source",
+    "Stratum",
+    "Stream",
+    "Term",
+    "Whitener",
+]
 
 S = TypeVar("S")
 
 
-# ---------------------------------------------------------------------------------------------- what slots build
-class Stream(Protocol):
-    """An open source: activations in shuffled blocks, and the model behind them where there is one.
-
-    Everything it gives is a function of (options, seed, cursor); `state_dict` is the cursor.
-    """
-
-    facts: Facts
-
-    def next(self, n: int) -> Batch:
-        """The next `n` activations of the current shuffled block, float32 on the stream's device."""
-        ...
-
-    def sequences(self, n: int) -> Sequences:
-        """The next `n` whole contexts, by a cursor of their own."""
-        ...
-
-    def activations(self, sequences: Sequences) -> Raw:
-        """Activations [S, T, D] of whole contexts at the hook."""
-        ...
-
-    def logits(self, sequences: Sequences, patch: Callable[[Raw], Raw] | None = None) -> Tensor:
-        """Logits [S, T, V], the hooked activation [S, T, D] replaced by `patch` of it; gradients flow through it."""
-        ...
-
-    def unembedding(self) -> Raw:
-        """Rows of the unembedding [V, D]."""
-        ...
-
-    def token_counts(self) -> Tensor:
-        """How often each token occurs in a sample of the training text, int64 [V]."""
-        ...
-
-    def text(self, tokens: Tensor) -> list[str]:
-        """Each token id of a 1-d tensor as readable text."""
-        ...
-
-    def truth(self) -> Raw:
-        """The planted directions [N, D] of a synthetic source, unit rows."""
-        ...
-
-    def held_out(self) -> Stream:
-        """A fresh stream over documents that training never sees; it shares the model and starts at cursor 0."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-class Metric(Protocol):
-    """The border between model space and whitened space: W and its exact inverse, both symmetric."""
-
-    def white(self, x: Raw) -> White:
-        """Points [..., D]: (x - mu) W."""
-        ...
-
-    def raw(self, x: White) -> Raw:
-        """Points back: x W^-1 + mu."""
-        ...
-
-    def white_direction(self, v: Raw) -> White:
-        """Dictionary rows or differences [..., D], without the mean: v W."""
-        ...
-
-    def raw_direction(self, v: White) -> Raw:
-        """Rows or differences back: v W^-1."""
-        ...
-
-    def variance(self, space: str) -> Tensor:
-        """Total variance, a scalar: tr S for "raw", d_eff = sum l_i / (l_i + alpha) for "white"."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> Any: ...
-
-
-class Activator(Protocol):
-    """A module with the activation's own parameters (thresholds)."""
-
-    def __call__(self, pre_BK: Tensor, index_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(z_BK, gate_BK); `index_BK` names the feature of each entry, None means all features in order."""
-        ...
-
-    def calibrate_(self, pre_BC: Tensor, density: float, rows: slice) -> None:
-        """Set thresholds and bandwidths of features `rows` so that a share `density` of the entries is active."""
-        ...
-
-    def reach_F(self) -> Tensor | None:
-        """The pre-activation at or below which an entry has neither value nor gradient; None: dense only."""
-        ...
-
-    def threshold_F(self) -> Tensor:
-        """Inference thresholds: an entry is active where its pre-activation exceeds this."""
-        ...
-
-
-class Autoencoder(Protocol):
-    """Encoder and decoder, both in whitened coordinates, rows grouped into named strata."""
-
-    W_enc_FD: nn.Parameter
-    W_dec_FD: nn.Parameter
-    b_enc_F: nn.Parameter
-    b_dec_D: nn.Parameter
-    log_gain: nn.Parameter
-    width: int
-    machine: Machine
-
-    @property
-    def rows(self) -> Mapping[str, slice]:
-        """Row range of each stratum, in order."""
-        ...
-
-    @property
-    def activator(self) -> Activator: ...
-
-    def encode(self, white_BD: White, dense: bool = False) -> Code:
-        """A code; `dense` asks for every entry, for terms that look beyond the surrogate's window."""
-        ...
-
-    def decode(self, code: Code) -> White: ...
-
-    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Any: ...
-
-
-class Ops(Protocol):
-    """A backend's surface; kernels/reference.py is the oracle of each."""
-
-    name: str
-
-    def encode(self, white_BD: White, sae: Autoencoder, dense: bool) -> Code: ...
-
-    def decode(self, code: Code, sae: Autoencoder) -> White:
-        """z @ W_dec without gain and bias: this shard's part of the sum, [B, D]."""
-        ...
-
-    def coactivation(
-        self, code: Code, sae: Autoencoder, sample_R: Tensor, rows: slice, direction: Callable[[White], Tensor]
-    ) -> Tensor:
-        """Mean over the sampled rows of the mean squared cosine between co-active features of `rows`; never F x F."""
-        ...
-
-    def update(self, learner: Learner) -> bool:
-        """Fused gradient and optimizer rule; False where this backend leaves it to the optimizer."""
-        ...
-
-
-# ---------------------------------------------------------------------------------------------------- the slots
 class Source(Protocol):
     """Where activations come from."""
 

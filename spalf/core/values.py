@@ -16,7 +16,8 @@ from torch import Tensor
 from spalf.core.mesh import Mesh
 
 if TYPE_CHECKING:
-    from spalf.core.protocols import Autoencoder, Metric, Ops, Stream
+    from spalf.core.built import Autoencoder, Metric, Ops, Stream
+    from spalf.core.state import Anchor
 
 Raw = NewType("Raw", Tensor)
 """Activations, directions or dictionary rows in the model's own coordinates."""
@@ -147,7 +148,7 @@ class View:
     forward: Forward
     sae: Autoencoder
     metric: Metric
-    anchors: Mapping[str, Raw]
+    anchors: Mapping[str, Anchor]
     stream: Stream
     clock: Clock
     draw: torch.Generator

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from spalf.core.protocols import Metric
 from spalf.core.recipe import Plan
 from spalf.core.state import Learner, Rng, TrainingState
 from spalf.core.tree import to
@@ -54,6 +55,6 @@ def _rng(seed: int, device: torch.device) -> Rng:
     return Rng(cpu=torch.Generator().manual_seed(seed), device=torch.Generator(device).manual_seed(seed + 1))
 
 
-def _on(metric: object, device: torch.device) -> object:
+def _on(metric: Metric, device: torch.device) -> Metric:
     """A metric that is a module moves; one that is not has no tensors to move."""
     return metric.to(device) if isinstance(metric, torch.nn.Module) else metric

@@ -52,7 +52,7 @@ def _gain(state: TrainingState, white_BD: White) -> Tensor:
     sae = state.sae
     dot = torch.zeros((), dtype=torch.float64, device=white_BD.device)
     square = torch.zeros_like(dot)
-    for y_BD in white_BD.split(4096):
+    for y_BD in torch.split(white_BD, 4096):
         r_BD = sae.machine.ops.decode(sae.encode(White(y_BD)), sae)
         dot += (y_BD * r_BD).sum(dtype=torch.float64)
         square += (r_BD * r_BD).sum(dtype=torch.float64)

@@ -69,7 +69,7 @@ class Run:
         wall: dict[str, float] = {}
         with _timed(wall, "build"):
             state = build(plan, device)
-        state.stream = TimedStream(state.stream, wall)  # type: ignore[assignment]
+        state.stream = TimedStream(state.stream, wall)
         return cls(plan=plan, state=state, directory=directory, hooks=hooks, recipe_text=recipe_text, wall=wall)
 
     @classmethod

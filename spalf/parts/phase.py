@@ -82,7 +82,7 @@ class Calibrate:
         sample = initialise.sample_size(initialise.start_density(plan))
         white_BD = state.metric.white(state.stream.next(sample).x_BD)
         initialise.initialise(plan, state, white_BD)
-        report = getattr(state.metric, "report", dict)()
+        report: Mapping[str, float] = getattr(state.metric, "report", dict)()
         state.measured.update({f"whitener.{k}": float(v) for k, v in report.items()})
         state.measured["calibrate.tokens"] = float(m.n)
         state.measured["calibrate.change"] = float(own.convergence.change)
