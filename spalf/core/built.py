@@ -63,6 +63,8 @@ class Stream(Protocol):
 class Metric(Protocol):
     """The border between model space and whitened space: W and its exact inverse, both symmetric."""
 
+    d_model: int
+
     def white(self, x: Raw) -> White:
         """Points [..., D]: (x - mu) W."""
         ...

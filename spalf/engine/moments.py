@@ -23,10 +23,6 @@ class Moments:
     mean_D: Tensor
     scatter_DD: Tensor
 
-    def covariance(self) -> Tensor:
-        """S = scatter / n, float64 [D, D]; zero where nothing was seen."""
-        return self.scatter_DD / self.n.clamp(min=1)
-
 
 def empty(d: int) -> Moments:
     """Moments of no rows of width `d`, on the CPU: the first rows that are merged in bring their device."""
@@ -58,6 +54,11 @@ def merge(a: Moments, b: Moments) -> Moments:
 def add(m: Moments, x_BD: Tensor) -> Moments:
     """`m` with the rows of a batch merged in."""
     return merge(m, of(x_BD))
+
+
+def covariance(m: Moments) -> Tensor:
+    """S = scatter / n, float64 [D, D]; zero where nothing was seen."""
+    return m.scatter_DD / m.n.clamp(min=1)
 
 
 @frozen(kw_only=True, eq=False)
@@ -99,7 +100,7 @@ def update(state: Convergence, x_BD: Tensor) -> Convergence:
     moments = add(state.moments, x_BD)
     if float(moments.n) - float(state.snapshot_n) < interval(moments.mean_D.shape[0]):
         return evolve(state, moments=moments)
-    covariance_DD = moments.covariance()
+    covariance_DD = covariance(moments)
     moved = torch.linalg.matrix_norm(covariance_DD - state.snapshot_DD.to(covariance_DD.device))
     size = torch.linalg.matrix_norm(covariance_DD)
     change = moved / size.clamp(min=torch.finfo(torch.float64).tiny)
