@@ -1,0 +1,82 @@
+"""The test kit, for spalf's own components and for plugin authors'.
+
+@pytest.mark.parametrize("check", conform(Optimistic))
+def test_conforms(check): check()
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from spalf.core.slots import SLOTS, label
+from spalf.core.values import Signal
+
+__all__ = ["KNOBS", "Check", "conform", "example", "signal"]
+
+Check = Callable[[], None]
+"""A named check (it has `__name__`, which pytest shows): returns, or raises AssertionError."""
+
+KNOBS: Mapping[str, Any] = {"F": 64, "L0_target": 4, "R2_target": 0.9, "lr": 1e-2}
+"""What knob-bound options are in the kit."""
+
+_DUAL_SIDE = {slot: "spalf.testing.control" for slot in ("filter", "dual", "penalty", "lagrangian", "gate")}
+_PRIMAL = ("activation", "constraint", "kernel", "optimizer", "stratum", "term", "whitener")
+_MODULES: Mapping[str, str] = {
+    **_DUAL_SIDE,
+    **{slot: "spalf.testing.primal" for slot in _PRIMAL},
+    **{slot: "spalf.testing.whole" for slot in ("phase", "evaluator")},
+    "source": "spalf.testing.source",
+}
+
+
+def conform(cls: type) -> list[Check]:
+    """The named checks that every component of this class's slot must pass, for `pytest.mark.parametrize`.
+
+    Options come from `example`. Raises ComponentError where the class carries no label.
+    """
+    module = importlib.import_module(_MODULES[label(cls).slot])
+    checks: list[Check] = module.checks(cls, example(cls))
+    return checks
+
+
+def example(cls: type, **options: Any) -> Any:
+    """A component for testing: `options`, then its module's EXAMPLES, then the kit's, then the kit's knobs.
+
+    EXAMPLES maps (slot, use) to options. A required option that nobody gives raises TypeError.
+    """
+    ref = label(cls)
+    key = (ref.slot, ref.use)
+    assert ref.slot in SLOTS
+    knobs = {a.name: KNOBS[a.metadata["knob"]] for a in attrs.fields(cls) if "knob" in a.metadata}
+    kit = getattr(importlib.import_module(_MODULES[ref.slot]), "EXAMPLES", {})
+    own = getattr(sys.modules.get(cls.__module__), "EXAMPLES", {})
+    return cls(**{**knobs, **kit.get(key, {}), **own.get(key, {}), **options})
+
+
+def signal(
+    g: Sequence[float] | Tensor,
+    *,
+    fast: Sequence[float] | Tensor | None = None,
+    slow: Sequence[float] | Tensor | None = None,
+    previous: Sequence[float] | Tensor | None = None,
+    on: Sequence[bool] | Tensor | None = None,
+    rho: Sequence[float] | Tensor | None = None,
+) -> Signal:
+    """A Signal of M constraints; `fast` defaults to `g`, `slow` and `previous` to `fast`, `on` to all, `rho` to 1."""
+    g_M = torch.as_tensor(g, dtype=torch.float32)
+    fast_M = g_M if fast is None else torch.as_tensor(fast, dtype=torch.float32)
+    return Signal(
+        g_M=g_M,
+        fast_M=fast_M,
+        slow_M=fast_M if slow is None else torch.as_tensor(slow, dtype=torch.float32),
+        previous_M=fast_M if previous is None else torch.as_tensor(previous, dtype=torch.float32),
+        on_M=torch.ones_like(g_M, dtype=torch.bool) if on is None else torch.as_tensor(on, dtype=torch.bool),
+        rho_M=torch.ones_like(g_M) if rho is None else torch.as_tensor(rho, dtype=torch.float32),
+    )
