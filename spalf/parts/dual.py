@@ -7,7 +7,7 @@ v is the fast filtered violation of this tick, v_previous that of the last one. 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from attrs import evolve, field, frozen
@@ -72,7 +72,11 @@ class Adrc:
         memory = self.memory or max(RESPONSE, float(every))
         observer = self.observer or 0.5 / (1.0 + (self.delay + lag) / every)
         bandwidth = self.bandwidth or max(observer, 1.0 - math.exp(-every / memory))
-        return evolve(self, observer=observer, bandwidth=bandwidth, memory=memory, every=every)
+        return self._with(observer=observer, bandwidth=bandwidth, memory=memory, every=every)
+
+    def _with(self, **options: Any) -> Adrc:
+        made: Adrc = evolve(cast(Any, self), **options)
+        return made
 
     @property
     def phi(self) -> float:
@@ -85,7 +89,7 @@ class Adrc:
         return self.phi - (1.0 - w) * (1.0 - k), w * k
 
     def derive(self, plan: Plan) -> list[Derived]:
-        mine, rule = self.settle(plan), evolve(self, observer=0.0, bandwidth=0.0, memory=0.0, every=0).settle(plan)
+        mine, rule = self.settle(plan), self._with(observer=0.0, bandwidth=0.0, memory=0.0, every=0).settle(plan)
         formulas = {
             "every": "filter.every",
             "memory": f"max({RESPONSE:g}, every) steps",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import attrs
 import torch
 from attrs import field, frozen
 from attrs.validators import and_, ge, gt, le
@@ -36,10 +35,9 @@ class Feasible:
     earliest: float = field(default=0.95, validator=and_(ge(0.0), le(1.0)))
     latest: float = field(default=0.97, validator=and_(ge(0.0), le(1.0)))
 
-    @latest.validator
-    def _ordered(self, attribute: attrs.Attribute[float], value: float) -> None:
-        if value < self.earliest:
-            raise ValueError(f"latest = {value} comes before earliest = {self.earliest} (lower earliest)")
+    def __attrs_post_init__(self) -> None:
+        if self.latest < self.earliest:
+            raise ValueError(f"latest = {self.latest} comes before earliest = {self.earliest} (lower earliest)")
 
     def init(self) -> FeasibleState:
         return FeasibleState(count=torch.zeros((), dtype=torch.int64), opened=torch.zeros((), dtype=torch.bool))

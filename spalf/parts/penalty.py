@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from attrs import evolve, field, frozen
@@ -78,7 +78,8 @@ class Capu:
     eps: float = field(default=1e-8, validator=gt(0.0))
 
     def settle(self, plan: Plan) -> Capu:
-        return evolve(self, every=self.every or _slow_ticks(plan))
+        settled: Capu = evolve(cast(Any, self), every=self.every or _slow_ticks(plan))
+        return settled
 
     def derive(self, plan: Plan) -> list[Derived]:
         bounds = f"[{self.floor:g}, {self.cap:g}] * start = [{self.floor * self.start:g}, {self.cap * self.start:g}]"
@@ -149,5 +150,6 @@ class CapuMonotone:
 
 def _slow_ticks(plan: Plan) -> int:
     """Ticks in one slow memory of the plan's filter, at least 1; a filter without one has memory 1 step."""
-    filter: Any = plan.recipe.filter
-    return max(1, math.ceil(1.0 / ((1.0 - float(getattr(filter, "slow", 0.0))) * filter.every) - 1e-9))
+    slow, every = float(getattr(plan.recipe.filter, "slow", 0.0)), plan.recipe.filter.every
+    # 1 / (1 - 0.99) is 99.99999999999991: the small number keeps a ratio that is whole in decimals from rounding up.
+    return max(1, math.ceil(1.0 / ((1.0 - slow) * every) - 1e-9))

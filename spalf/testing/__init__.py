@@ -26,12 +26,12 @@ Check = Callable[[], None]
 KNOBS: Mapping[str, Any] = {"F": 64, "L0_target": 4, "R2_target": 0.9, "lr": 1e-2}
 """What knob-bound options are in the kit."""
 
-_DUAL_SIDE = {slot: "spalf.testing.control" for slot in ("filter", "dual", "penalty", "lagrangian", "gate")}
+_DUAL_SIDE = dict.fromkeys(("filter", "dual", "penalty", "lagrangian", "gate"), "spalf.testing.control")
 _PRIMAL = ("activation", "constraint", "kernel", "optimizer", "stratum", "term", "whitener")
 _MODULES: Mapping[str, str] = {
     **_DUAL_SIDE,
-    **{slot: "spalf.testing.primal" for slot in _PRIMAL},
-    **{slot: "spalf.testing.whole" for slot in ("phase", "evaluator")},
+    **dict.fromkeys(_PRIMAL, "spalf.testing.primal"),
+    **dict.fromkeys(("phase", "evaluator"), "spalf.testing.whole"),
     "source": "spalf.testing.source",
 }
 
