@@ -157,6 +157,11 @@ def where(mask_M: Tensor, new: Any, old: Any) -> Any:
     return _map2(pick, new, old)
 
 
+def apply(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """A record like `tree` with `f` of every tensor."""
+    return _map2(lambda a, _: f(a), tree, tree)
+
+
 def to(tree: Any, device: torch.device) -> Any:
     """A record of tensors, on `device`."""
-    return _map2(lambda a, _: a.to(device), tree, tree)
+    return apply(lambda a: a.to(device), tree)

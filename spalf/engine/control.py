@@ -79,3 +79,16 @@ def step(
     if "penalty" not in hold:
         moved = evolve(moved, penalty=tree.where(on_M, penalty.step(control.penalty, signal), control.penalty))
     return moved, signal
+
+
+def hand_over(control: ControlState, pairs: Collection[tuple[int, int]]) -> ControlState:
+    """For each (a, b): constraint b starts with a's multiplier, penalty and filtered history."""
+    m = control.on_M.shape[0]
+    source = torch.arange(m, device=control.on_M.device)
+    for a, b in pairs:
+        source[b] = a
+
+    def moved(record: Any) -> Any:
+        return tree.apply(lambda x: x[source] if x.ndim and x.shape[0] == m else x, record)
+
+    return evolve(control, filter=moved(control.filter), dual=moved(control.dual), penalty=moved(control.penalty))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,10 @@ class Run:
         self._since_save = 0
         self.hooks.spalf_saved(run=self, path=path)
         return path
+
+    def timed(self, name: str) -> AbstractContextManager[None]:
+        """Count a block's seconds under `name`."""
+        return _timed(self.wall, name)
 
     # ------------------------------------------------------------------------------------------------ inside
     def _next(self, name: str) -> None:

@@ -49,7 +49,7 @@ class Calibrate:
         own: CalibrateState = state.phase
         x_BD = state.stream.next(plan.recipe.budget.batch).x_BD
         convergence = moments.update(own.convergence, x_BD)
-        verdict = moments.verdict(convergence, 10 * plan.facts.d_model, self.samples, self.tolerance)
+        verdict = moments.verdict(convergence, moments.least_rows(plan.facts.d_model), self.samples, self.tolerance)
         state.phase = evolve(own, convergence=convergence)
         if verdict:
             self._finish(plan, state, verdict)

@@ -1,0 +1,299 @@
+"""What the command line does, as functions: compile, run, resume, load, evaluate, export, harvest."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from spalf import plugins
+from spalf.assembly import compile as compiler
+from spalf.assembly import toml
+from spalf.assembly.convert import Converter
+from spalf.assembly.registry import Registry
+from spalf.core.recipe import Plan
+from spalf.core.state import TrainingState
+from spalf.engine import checkpoint
+from spalf.engine import evaluate as measuring
+from spalf.engine import export as exporting
+from spalf.engine.build import build
+from spalf.engine.examples import FeatureExample, examples
+from spalf.engine.run import Run
+from spalf.engine.summary import summarize
+from spalf.errors import CheckpointError, DivergedError, Problem, RecipeError, RunError
+from spalf.record import Recorder, write_json
+
+OVERRIDABLE = ("record", "budget.tokens", "kernel", "evaluator")
+"""What may differ between a checkpoint's recipe and the run that goes on from it."""
+
+
+@frozen(kw_only=True)
+class Result:
+    """The end of a run: its directory, outcome ("done" or "stopped"), summary.json's content, and feature examples."""
+
+    directory: Path
+    outcome: str
+    summary: dict[str, Any]
+    examples: list[FeatureExample]
+
+
+@frozen(kw_only=True, eq=False)
+class Loaded:
+    """A plan and its state, for looking and measuring."""
+
+    plan: Plan
+    state: TrainingState
+
+
+def compile_recipe(recipe: str | Path, sets: Sequence[str] = ()) -> Plan:
+    """The plan of a recipe file or preset. Raises RecipeError with all of its problems."""
+    _, registry = plugins.load()
+    return compiler.compile(toml.read(recipe, sets), registry)
+
+
+def filled_text(recipe: str | Path, sets: Sequence[str] = ()) -> str:
+    """The recipe with every default written back, as a run directory holds it."""
+    _, registry = plugins.load()
+    return _text(compiler.compile(toml.read(recipe, sets), registry), registry)
+
+
+def run(
+    recipe: str | Path,
+    *,
+    sets: Sequence[str] = (),
+    out: str | Path = "runs",
+    device: str = "auto",
+    stop_at: int | None = None,
+    force: bool = False,
+    observers: Sequence[object] = (),
+) -> Result:
+    """Train a recipe into `out`/<name>, then measure it.
+
+    Raises RecipeError or SourceError before anything is written, RunError where training cannot go on. An existing run
+    directory is refused without `force`, which replaces it.
+    """
+    manager, registry = plugins.load()
+    plan = compiler.compile(toml.read(recipe, sets), registry)
+    directory = Path(out) / plan.recipe.name
+    where = _device(device)
+    if directory.exists() and any(directory.iterdir()) and not force:
+        raise RecipeError(
+            [
+                Problem(
+                    str(directory), "exists already", "resume it, give another --out or name, or --force to replace it"
+                )
+            ]
+        )
+    text = _text(plan, registry)
+    started = Run.start(plan, directory, device=where, hooks=manager.hook, recipe_text=text)
+    if directory.exists():
+        _remove_run(directory)
+    return _train(started, manager, observers, stop_at)
+
+
+def resume(
+    path: str | Path,
+    *,
+    checkpoint: str | None = None,
+    sets: Sequence[str] = (),
+    device: str = "auto",
+    stop_at: int | None = None,
+    observers: Sequence[object] = (),
+) -> Result:
+    """Go on from the newest (or the named) checkpoint of a run. Only record, budget.tokens, kernel and evaluator may be
+    overridden.
+
+    Raises CheckpointError where there is nothing to go on from.
+    """
+    manager, _ = plugins.load()
+    at, plan, text = _plan_at(path, checkpoint, sets)
+    resumed = Run.resume(plan, at, device=_device(device), hooks=manager.hook, recipe_text=text)
+    return _train(resumed, manager, observers, stop_at)
+
+
+def load(path: str | Path, *, device: str = "auto") -> Loaded:
+    """The plan and state of a run's newest checkpoint, or of a checkpoint directory."""
+    at, plan, _ = _plan_at(path, None, ())
+    state = build(plan, _device(device))
+    checkpoint.load(at, plan, state)
+    return Loaded(plan=plan, state=state)
+
+
+def evaluate(
+    path: str | Path, *, only: Sequence[str] = (), sets: Sequence[str] = (), device: str = "auto"
+) -> dict[str, dict[str, float]]:
+    """Scalars by evaluator. Raises RecipeError for an `only` that the recipe does not declare."""
+    at, plan, _ = _plan_at(path, None, sets)
+    known = {"dictionary", *plan.recipe.evaluator}
+    unknown = [
+        Problem(f"--only {n}", "is not an evaluator of this recipe", f"has {', '.join(sorted(known))}")
+        for n in only
+        if n not in known
+    ]
+    if unknown:
+        raise RecipeError(unknown)
+    state = build(plan, _device(device))
+    checkpoint.load(at, plan, state)
+    return measuring.evaluate(plan, state, only)
+
+
+def export(path: str | Path, out: str | Path, *, dtype: str = "float32") -> Path:
+    """Write the dictionary with the whitening folded in: it takes and gives raw activations."""
+    loaded = load(path, device="cpu")
+    return exporting.export(loaded.plan, loaded.state, Path(out), dtype)
+
+
+def harvest(
+    recipe: str | Path,
+    out: str | Path,
+    *,
+    sets: Sequence[str] = (),
+    tokens: int | None = None,
+    format: str = "safetensors",
+    device: str = "auto",
+) -> Path:
+    """Write a recipe's activations to shards with a manifest, which the `activations` source reads."""
+    from spalf.parts.source.shards import write_shards
+
+    plan = compile_recipe(recipe, sets)
+    stream = plan.recipe.source.open(plan.recipe.seed, _device(device))
+    return write_shards(stream, Path(out), tokens or plan.recipe.budget.tokens, format=format)
+
+
+# ---------------------------------------------------------------------------------------------------- inside
+def _text(plan: Plan, registry: Registry) -> str:
+    return toml.write(Converter(registry).unstructure(plan.recipe))
+
+
+def _device(name: str) -> torch.device:
+    """Raises RecipeError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError([Problem("--device", f"{name!r} is not a device", "use auto, cpu or cuda")]) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError([Problem("--device", f"{name!r} is not available here", "use auto or cpu")])
+    return device
+
+
+def _plan_at(path: str | Path, name: str | None, sets: Sequence[str]) -> tuple[Path, Plan, str]:
+    """The checkpoint that `path` means, its plan with `sets` applied, and that plan's recipe as text."""
+    _, registry = plugins.load()
+    at = checkpoint.find(Path(path), name)
+    _refuse_missing(at, registry)
+    refused = [
+        Problem(s.split("=")[0], "cannot be changed on resume", "start a new run") for s in sets if not _allowed(s)
+    ]
+    if refused:
+        raise RecipeError(refused)
+    plan = compiler.compile(toml.read(at / "recipe.toml", sets), registry)
+    return at, plan, _text(plan, registry)
+
+
+def _allowed(assignment: str) -> bool:
+    key = assignment.split("=")[0].strip()
+    return any(key == k or key.startswith(f"{k}.") for k in OVERRIDABLE)
+
+
+def _refuse_missing(at: Path, registry: Any) -> None:
+    """Raises CheckpointError that names the distribution of every component that is not installed."""
+    here = {f"{ref.slot}.{ref.use}" for ref in registry}
+    components = checkpoint.metadata(at).get("components", {})
+    missing = [f"{ref} from {origin}" for ref, origin in sorted(components.items()) if ref not in here]
+    if missing:
+        raise CheckpointError(f"{at}: needs {', '.join(missing)} (install what is missing)")
+
+
+def _remove_run(directory: Path) -> None:
+    """Delete what a run writes, and nothing else that may lie beside it."""
+    for name in (
+        "checkpoints",
+        "recipe.toml",
+        "plan.json",
+        "metrics.jsonl",
+        "summary.json",
+        "features.json",
+        "report.html",
+    ):
+        target = directory / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        elif target.exists():
+            target.unlink()
+
+
+def _train(started: Run, manager: Any, observers: Sequence[object], stop_at: int | None) -> Result:
+    started.directory.mkdir(parents=True, exist_ok=True)
+    recorder = Recorder(started.directory, started.plan, started.recipe_text)
+    for observer in (recorder, *observers):
+        manager.register(observer)
+    try:
+        with _stopping(started):
+            outcome = started.train(stop_at)
+    except DivergedError as e:
+        recorder.write_summary(
+            {
+                "name": started.plan.recipe.name,
+                "outcome": "diverged",
+                "notes": [str(e)],
+                "step": started.state.clock.step,
+            }
+        )
+        raise
+    except torch.OutOfMemoryError as e:
+        first = re.split(r"(?<=\.)\s", str(e), maxsplit=1)[0]
+        raise RunError(f"out of device memory: {first} (lower budget.batch, knobs.F or source.sequences)") from e
+    finally:
+        for observer in (recorder, *observers):
+            manager.unregister(observer)
+    return _finish(started, recorder, outcome)
+
+
+def _finish(ended: Run, recorder: Recorder, outcome: str) -> Result:
+    """Measure a finished run; a stopped one says only where it stopped."""
+    plan, state = ended.plan, ended.state
+    if outcome != "done":
+        summary = {"name": plan.recipe.name, "outcome": outcome, "step": state.clock.step, "phase": state.clock.phase}
+        recorder.write_summary(summary)
+        return Result(directory=ended.directory, outcome=outcome, summary=summary, examples=[])
+    with ended.timed("evaluate"):
+        summary = summarize(plan, state, outcome, ended.wall)
+        shown = examples(plan, state)
+    summary["wall_seconds"] = {k: round(v, 3) for k, v in ended.wall.items()}
+    recorder.write_summary(summary)
+    write_json(ended.directory / "features.json", shown)
+    return Result(directory=ended.directory, outcome=outcome, summary=summary, examples=shown)
+
+
+@contextmanager
+def _stopping(running: Run) -> Iterator[None]:
+    """SIGTERM and SIGINT ask for a checkpoint and an end; a second one is taken at its word."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, _: object) -> None:
+        running.stop()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for s in before:
+        signal.signal(s, ask)
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+__all__ = ["Loaded", "Result", "compile_recipe", "evaluate", "export", "harvest", "load", "resume", "run"]
