@@ -58,7 +58,7 @@ UNITS = {
     "__main__": Unit(layer=7, third_party=frozenset(), also=names("cli __init__")),
 }
 # `@triton.jit` needs triton where a kernel is written. Such a module is itself lazy: imported inside functions only.
-EAGER_KERNELS = names("spalf.kernels spalf.kernels.reference")
+EAGER_KERNELS = names("spalf.kernels spalf.kernels.reference spalf.kernels.compact")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,125 @@
+"""Plain torch operations on dense codes, through autograd: the oracle of every backend.
+
+Shape letters as in spalf/core/values.py; R sampled rows, U distinct features, N listed entries of all rows together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from spalf.core.protocols import Autoencoder
+from spalf.core.state import Learner
+from spalf.core.values import Code, White
+
+
+class _ReducedMatmul(torch.autograd.Function):
+    """a @ b and both gradients with bfloat16 operands and float32 results: thresholds are tested on accumulators."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        a, b = a.bfloat16(), b.bfloat16()
+        ctx.save_for_backward(a, b)
+        return torch.mm(a, b, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        grad = grads[0].bfloat16()
+        grad_a = torch.mm(grad, b.T, out_dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        grad_b = torch.mm(a.T, grad, out_dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        return grad_a, grad_b
+
+
+def reduces(device: torch.device) -> bool:
+    """Whether `matmul` can take bfloat16 operands and keep float32 results on `device`."""
+    if device.type != "cuda" or "dtype" not in torch.ops.aten.mm.overloads():  # type: ignore[no-untyped-call]
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def matmul(a: Tensor, b: Tensor, compute: str) -> Tensor:
+    """a @ b of two matrices; `compute` "bfloat16" needs a device where `reduces` holds."""
+    if compute == "bfloat16":
+        out: Tensor = _ReducedMatmul.apply(a, b)  # type: ignore[no-untyped-call]
+        return out
+    return a @ b
+
+
+def positions(row_N: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Each entry's place within its row, and the entries per row [rows]; `row_N` is ascending."""
+    count_B = torch.bincount(row_N, minlength=rows)
+    start_B = count_B.cumsum(0) - count_B
+    return torch.arange(row_N.shape[0], device=row_N.device) - start_B[row_N], count_B
+
+
+def encode(white_BD: White, sae: Autoencoder, compute: str = "float32") -> Code:
+    """The dense code of whitened rows: every entry listed."""
+    pre_BF = matmul(white_BD, sae.W_enc_FD.T, compute) + sae.b_enc_F
+    z_BF, gate_BF = sae.activator(pre_BF)
+    overflow = torch.zeros((), dtype=torch.bool, device=pre_BF.device)
+    return Code(pre_BK=pre_BF, gate_BK=gate_BF, z_BK=z_BF, index_BK=None, width=sae.width, overflow=overflow)
+
+
+def decode(code: Code, sae: Autoencoder, compute: str = "float32") -> White:
+    """z @ W_dec [B, D], without gain and bias."""
+    return White(matmul(code.dense(), sae.W_dec_FD, compute))
+
+
+def active(code: Code, sample_R: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """(row_N, feature_N) of the active entries of the sampled rows whose feature lies in `rows`; rows ascending."""
+    on_RK = code.gate_BK.detach()[sample_R] > 0
+    if code.index_BK is None:
+        row_N, feature_N = on_RK[:, rows].nonzero().T
+        return row_N, feature_N + rows.start
+    index_RK = code.index_BK[sample_R]
+    row_N, entry_N = (on_RK & (index_RK >= rows.start) & (index_RK < rows.stop)).nonzero().T
+    return row_N, index_RK[row_N, entry_N]
+
+
+def coactivation(
+    code: Code, sae: Autoencoder, sample_R: Tensor, rows: slice, direction: Callable[[White], Tensor]
+) -> Tensor:
+    """Mean over sampled rows of the mean squared cosine between co-active features of `rows`, scalar in [0, 1].
+
+    Per row a Gram matrix of its k active features, never F x F. Rows with k < 2 have no pair and are left out; the
+    value is 0 where no row has one. The gradient reaches W_dec alone.
+    """
+    rows = slice(*rows.indices(sae.width))
+    row_N, feature_N = active(code, sample_R, rows)
+    place_N, k_R = positions(row_N, sample_R.shape[0])
+    distinct_U, which_N = torch.unique(feature_N, return_inverse=True)
+    unit_UD = torch.nn.functional.normalize(direction(White(sae.W_dec_FD[distinct_U])), dim=-1)
+    listed = max(1, int(k_R.max())) if k_R.numel() else 1
+    empty_RKD = unit_UD.new_zeros(sample_R.shape[0], listed, unit_UD.shape[-1])
+    unit_RKD = empty_RKD.index_put((row_N, place_N), unit_UD[which_N])
+    cosine_RKK = unit_RKD @ unit_RKD.mT
+    # ||M M'||_F^2 - k, the diagonal being 1
+    squared_R = cosine_RKK.square().sum((1, 2)) - cosine_RKK.diagonal(dim1=1, dim2=2).square().sum(1)
+    pairs_R = (k_R * (k_R - 1)).to(squared_R.dtype)
+    return (squared_R / pairs_R.clamp(min=1)).sum() / (pairs_R > 0).sum().clamp(min=1)
+
+
+@define(kw_only=True)
+class ReferenceOps:
+    """The oracle as a backend: dense codes, float32, autograd throughout."""
+
+    name: str = "reference"
+
+    def encode(self, white_BD: White, sae: Autoencoder, dense: bool) -> Code:
+        return encode(white_BD, sae)
+
+    def decode(self, code: Code, sae: Autoencoder) -> White:
+        return decode(code, sae)
+
+    def coactivation(
+        self, code: Code, sae: Autoencoder, sample_R: Tensor, rows: slice, direction: Callable[[White], Tensor]
+    ) -> Tensor:
+        return coactivation(code, sae, sample_R, rows, direction)
+
+    def update(self, learner: Learner) -> bool:
+        return False

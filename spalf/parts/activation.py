@@ -1,0 +1,200 @@
+"""Nonlinearities with thresholds, and their pseudo-gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from attrs import evolve, field
+from attrs.validators import ge, gt
+from torch import Tensor, nn
+
+from spalf.core.protocols import Activator
+from spalf.core.recipe import Plan
+from spalf.core.slots import activation
+
+# Interquartile range of a unit Gaussian: the spread of a whitened pre-activation before any calibration.
+_GAUSSIAN_IQR = 1.349
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: bfloat16 is coarser than a window is wide."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _listed(value_F: Tensor, index_BK: Tensor | None, padding: float) -> Tensor:
+    """`value_F` per entry: [F] for a dense code, [B, K] for a compact one, `padding` at index F."""
+    if index_BK is None:
+        return value_F
+    return torch.cat([value_F, value_F.new_full((1,), padding)])[index_BK]
+
+
+def _per_feature(value_BK: Tensor, index_BK: Tensor | None, width: int) -> Tensor:
+    """Sum over rows, [F]; entries at index F are dropped."""
+    if index_BK is None:
+        return value_BK.sum(0)
+    sums = value_BK.new_zeros(width + 1)
+    return sums.index_add_(0, index_BK.reshape(-1), value_BK.reshape(-1))[:width]
+
+
+class _Jump(torch.autograd.Function):
+    """(z, gate) = (p h, h), h = 1[p > theta], with kernel estimates as the gradients at log theta (2407.14435).
+
+    `ramp` selects the gate's kernel: False the rectangle 1[|p - theta| < eps/2] / eps, on both sides of the threshold;
+    True the slope of H's Moreau envelope, (p - theta) / gamma on (theta, theta + eps], gamma = eps^2 / 2. `push` lets
+    that slope reach p too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pre_BK: Tensor,
+        log_threshold_F: Tensor,
+        bandwidth_F: Tensor,
+        index_BK: Tensor | None,
+        ramp: bool,
+        push: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(pre_BK, log_threshold_F, bandwidth_F, index_BK)
+        ctx.ramp, ctx.push = ramp, push
+        gate_BK = (pre_BK > _listed(log_threshold_F.exp(), index_BK, math.inf)).to(pre_BK.dtype)
+        return pre_BK * gate_BK, gate_BK
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_z, grad_gate = grads
+        pre_BK, log_threshold_F, bandwidth_F, index_BK = ctx.saved_tensors
+        theta = _listed(log_threshold_F.exp(), index_BK, math.inf)
+        eps = _listed(bandwidth_F, index_BK, 1.0)
+        window = (pre_BK > theta - eps / 2) & (pre_BK < theta + eps / 2)
+        slope = window / eps
+        if ctx.ramp:
+            above = pre_BK - theta
+            gate_slope = torch.where((above > 0) & (above <= eps), above * 2 / eps.square(), 0.0)
+        else:
+            gate_slope = slope
+        to_pre = grad_z * (pre_BK > theta) if grad_z is not None else torch.zeros_like(pre_BK)
+        # to log theta: -(theta^2 gz + theta gh) K((p - theta) / eps) / eps, summed over rows
+        to_log = torch.zeros_like(pre_BK)
+        if grad_z is not None:
+            to_log = to_log - torch.where(window, theta.square() * grad_z, 0.0) * slope
+        if grad_gate is not None:
+            to_log = to_log - torch.where(gate_slope > 0, theta * grad_gate, 0.0) * gate_slope
+            if ctx.push:
+                to_pre = to_pre + grad_gate * gate_slope
+        return to_pre, _per_feature(to_log, index_BK, log_threshold_F.shape[0]), None, None, None, None
+
+
+class JumpReLUActivator(nn.Module):
+    """z = p 1[p > theta], one threshold and one window width per feature; theta is learned as its logarithm."""
+
+    bandwidth_F: Tensor
+
+    def __init__(self, width: int, options: JumpReLU | JumpReLUMoreau) -> None:
+        super().__init__()
+        self._options = options
+        self._ramp = isinstance(options, JumpReLUMoreau)
+        self._push = isinstance(options, JumpReLUMoreau) and options.push
+        self.log_threshold_F = nn.Parameter(torch.zeros(width))
+        self.register_buffer("bandwidth_F", torch.full((width,), options.bandwidth * _GAUSSIAN_IQR))
+
+    def forward(self, pre_BK: Tensor, index_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(z_BK, gate_BK), gate in {0, 1}, in at least float32; entries whose index is the width give 0."""
+        out: tuple[Tensor, Tensor] = _Jump.apply(  # type: ignore[no-untyped-call]
+            _wide(pre_BK), self.log_threshold_F, self.bandwidth_F, index_BK, self._ramp, self._push
+        )
+        return out
+
+    def calibrate_(self, pre_BC: Tensor, density: float, rows: slice) -> None:
+        """Thresholds between two order statistics of each column, so that a share `density` of its entries exceeds it.
+
+        At least one and at most all but one entry of a column is active; a threshold that would fall below `floor` is
+        raised to it. Calibrate on 20 / density rows or more: the tail of fewer is noise.
+        """
+        with torch.no_grad():
+            pre_CB = _wide(pre_BC).T.contiguous()
+            n = pre_CB.shape[1]
+            if n < 2:
+                raise ValueError(f"activation: {n} rows cannot calibrate a threshold (give at least 2)")
+            k = min(max(1, round(density * n)), n - 1)
+            top_CK = pre_CB.topk(k + 1, dim=1).values
+            theta_C = ((top_CK[:, k - 1] + top_CK[:, k]) / 2).clamp(min=self._options.floor)
+            self.log_threshold_F.data[rows] = theta_C.log().to(self.log_threshold_F)
+            self.bandwidth_F[rows] = self._bandwidth(pre_CB, theta_C).to(self.bandwidth_F)
+
+    def _bandwidth(self, pre_CB: Tensor, theta_C: Tensor) -> Tensor:
+        """`bandwidth` interquartile ranges, widened until the window holds a share `occupancy` of the sample."""
+        n = pre_CB.shape[1]
+        lower_C, upper_C = (pre_CB.kthvalue(max(1, round(q * n)), dim=1).values for q in (0.25, 0.75))
+        eps_C = (self._options.bandwidth * (upper_C - lower_C)).clamp(min=self._options.floor)
+        wanted = min(n, math.ceil(self._options.occupancy * n))
+        if wanted > 0:
+            distance_CB = (pre_CB - theta_C[:, None]).abs()
+            # The window is open, |p - theta| < eps/2: a hair beyond the nearest `wanted` entries.
+            nearest_C = distance_CB.topk(wanted, dim=1, largest=False).values[:, -1]
+            eps_C = torch.maximum(eps_C, 2 * nearest_C * (1 + 1e-5))
+        return eps_C
+
+    @torch.no_grad()
+    def reach_F(self) -> Tensor:
+        """theta - eps/2, the lower edge of the window: at or below it an entry has neither value nor gradient."""
+        return self.log_threshold_F.exp() - self.bandwidth_F / 2
+
+    @torch.no_grad()
+    def threshold_F(self) -> Tensor:
+        """theta [F]."""
+        return self.log_threshold_F.exp()
+
+
+def _settled(options: Any, plan: Plan) -> Any:
+    return evolve(options, occupancy=1.0 / plan.recipe.budget.batch) if options.occupancy == 0.0 else options
+
+
+@activation("jumprelu")
+class JumpReLU:
+    """JumpReLU with a windowed pseudo-gradient at the threshold (2407.14435), tested on the pre-activation.
+
+    `bandwidth`: window width in interquartile ranges of the pre-activation. `start`: active features at the start of
+    training, as a multiple of the target (calibration reads it). `floor`: least threshold and window width.
+    `occupancy`: least share of entries in a window, 0 for one per batch: rarer ones leave a threshold without gradient.
+    """
+
+    bandwidth: float = field(default=0.1, validator=gt(0.0))
+    start: float = field(default=4.0, validator=gt(0.0))
+    floor: float = field(default=1e-3, validator=gt(0.0))
+    occupancy: float = field(default=0.0, validator=ge(0.0))
+
+    def settle(self, plan: Plan) -> JumpReLU:
+        """Fills `occupancy` from the batch."""
+        settled: JumpReLU = _settled(self, plan)
+        return settled
+
+    def build(self, width: int) -> Activator:
+        return JumpReLUActivator(width, self)
+
+
+@activation("jumprelu_moreau")
+class JumpReLUMoreau:
+    """JumpReLU whose gate has the slope of the Moreau envelope of the step (2512.09720), options as of `jumprelu`.
+
+    The envelope's slope lies above the threshold, on (theta, theta + eps], gamma = eps^2 / 2; the publication puts it
+    below, where pressure falls on units that are already off. The reconstruction keeps the two-sided rectangle: it
+    needs the error on both sides of the threshold, or it misses theta^2 |d|^2 of the true gradient. `push`: the gate's
+    slope also pushes barely active pre-activations down.
+    """
+
+    bandwidth: float = field(default=0.1, validator=gt(0.0))
+    start: float = field(default=4.0, validator=gt(0.0))
+    floor: float = field(default=1e-3, validator=gt(0.0))
+    occupancy: float = field(default=0.0, validator=ge(0.0))
+    push: bool = False
+
+    def settle(self, plan: Plan) -> JumpReLUMoreau:
+        """Fills `occupancy` from the batch."""
+        settled: JumpReLUMoreau = _settled(self, plan)
+        return settled
+
+    def build(self, width: int) -> Activator:
+        return JumpReLUActivator(width, self)
