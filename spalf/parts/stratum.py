@@ -118,8 +118,8 @@ class Free:
     """Rows that start at random and go where training takes them, on the unit sphere if `unit_norm`.
 
     The gradient is made tangent before the optimizer's step, and rows are renormalised after it, because Adam's
-    elementwise scaling leaves the tangent space again. Its first moment is left alone: what becomes radial in it, as
-    the rows turn, is of second order in the step, and renormalising removes its effect on the row to first order.
+    elementwise scaling leaves the tangent space again. Its first moment is not projected: as rows turn, the part of it
+    that becomes radial is about the angle of the last 1 / (1 - beta_1) steps, and it vanishes where they settle.
     """
 
     unit_norm: bool = True

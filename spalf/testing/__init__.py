@@ -27,10 +27,12 @@ KNOBS: Mapping[str, Any] = {"F": 64, "L0_target": 4, "R2_target": 0.9, "lr": 1e-
 """What knob-bound options are in the kit."""
 
 _DUAL_SIDE = dict.fromkeys(("filter", "dual", "penalty", "lagrangian", "gate"), "spalf.testing.control")
-_PRIMAL = ("activation", "constraint", "kernel", "optimizer", "stratum", "term", "whitener")
+_PRIMAL = ("activation", "constraint", "kernel", "term")
 _MODULES: Mapping[str, str] = {
     **_DUAL_SIDE,
     **dict.fromkeys(_PRIMAL, "spalf.testing.primal"),
+    **dict.fromkeys(("stratum", "whitener"), "spalf.testing.primal_linear"),
+    "optimizer": "spalf.testing.optimizer",
     **dict.fromkeys(("phase", "evaluator"), "spalf.testing.whole"),
     "source": "spalf.testing.source",
 }
