@@ -1,0 +1,146 @@
+"""From documents to contexts: tokenise, join with an end-of-text token, cut to equal lengths; no padding.
+
+Shapes: S contexts, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from spalf.errors import SourceError
+from spalf.parts.source.documents import Document, Documents, Ids, Keep
+
+BATCH_DOCUMENTS = 64
+BATCH_CHARACTERS = 1 << 20
+
+
+@frozen(kw_only=True, eq=False)
+class Vocabulary:
+    """A tokenizer and the ids that packing needs. `tokenizer` is None where only token files are read."""
+
+    tokenizer: Any
+    size: int
+    end_of_text: int
+    begin: int | None
+    """Put before each context; None: nothing is."""
+
+    def encode(self, documents: Sequence[Document]) -> list[Ids]:
+        """Token ids of each document, without special tokens. Raises SourceError at an id the model does not know."""
+        texts = [d.content for d in documents if isinstance(d.content, str)]
+        if texts and self.tokenizer is None:
+            raise SourceError("the model has no tokenizer (put its files beside the config, or read token files)")
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        encoded = iter(self.tokenizer(texts, **options)["input_ids"] if texts else ())
+        out = []
+        for document in documents:
+            content = document.content
+            ids = np.asarray(next(encoded), dtype=np.int64) if isinstance(content, str) else content
+            if len(ids) and int(ids.max()) >= self.size:
+                raise SourceError(
+                    f"token id {int(ids.max())} in the text, but the model knows {self.size} "
+                    "(the text was tokenised for another model)"
+                )
+            out.append(ids)
+        return out
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Each id of a 1-d tensor as readable text; an id that the tokenizer does not know as `<id>`."""
+        ids = tokens.tolist()
+        if self.tokenizer is None:
+            return [f"<{i}>" for i in ids]
+        known = len(self.tokenizer)
+        return [self.tokenizer.decode([i]) if 0 <= i < known else f"<{i}>" for i in ids]
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Groups for the tokenizer, which is faster on many at once; bounded in documents and in characters."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.content)
+        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class Contexts:
+    """Equal contexts of the documents that `keep` wants, by a cursor (epoch, part, index, token).
+
+    The cursor names the document in which the next context starts and how many of its tokens are used.
+    """
+
+    def __init__(self, documents: Documents, vocabulary: Vocabulary, *, length: int, keep: Keep, repeat: bool) -> None:
+        self._documents, self._vocabulary, self._keep = documents, vocabulary, keep
+        self._repeat = repeat
+        self._begin = vocabulary.begin
+        self._text = length - (self._begin is not None)
+        self.length = length
+        self._epoch = self._part = self._index = self._token = self._skip = 0
+        self._rest: Ids = np.empty(0, dtype=np.int64)
+        self._stream = self._read(0, 0, 0)
+
+    def take(self, n: int) -> Tensor:
+        """The next `n` contexts, int64 [n, T] on the CPU; fewer only at the end of a text that does not repeat."""
+        pieces: list[Ids] = []
+        missing = n * self._text
+        while missing > 0 and self._advance():
+            piece = self._rest[:missing]
+            pieces.append(piece)
+            missing -= len(piece)
+            self._token += len(piece)
+            self._rest = self._rest[len(piece) :]
+        flat = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+        whole = len(flat) // self._text
+        rows_ST = torch.from_numpy(flat[: whole * self._text].reshape(whole, self._text))
+        if self._begin is None:
+            return rows_ST
+        return torch.cat([torch.full((whole, 1), self._begin), rows_ST], dim=1)
+
+    def _advance(self) -> bool:
+        """Make sure that some tokens are left to use; False at the end."""
+        while len(self._rest) == 0:
+            found = next(self._stream, None)
+            if found is None:
+                return False
+            self._epoch, self._part, self._index, self._rest = found
+            self._rest = self._rest[self._skip :]
+            self._token, self._skip = self._skip, 0
+        return True
+
+    def _read(self, epoch: int, part: int, index: int) -> Iterator[tuple[int, int, int, Ids]]:
+        """Encoded documents from a place on, each ended by the end-of-text token."""
+        end = np.array([self._vocabulary.end_of_text], dtype=np.int64)
+        while True:
+            any_text = part > 0 or index > 0
+            wanted = (d for d in self._documents.read(epoch, part, index) if self._keep(d.key))
+            for batch in _batches(wanted):
+                for document, ids in zip(batch, self._vocabulary.encode(batch), strict=True):
+                    if len(ids):
+                        any_text = True
+                        yield epoch, document.part, document.index, np.concatenate([ids, end])
+            if not any_text:
+                raise SourceError(
+                    f'text "{self._documents.name}" has no document in this split '
+                    "(give it more documents, change held_out, or name held_out_from)"
+                )
+            if not self._repeat:
+                return
+            epoch, part, index = epoch + 1, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "part": self._part, "index": self._index, "token": self._token}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._epoch, self._part, self._index, self._token = (int(state[k]) for k in ("epoch", "part", "index", "token"))
+        self._skip = self._token
+        self._rest = np.empty(0, dtype=np.int64)
+        self._stream = self._read(self._epoch, self._part, self._index)

@@ -1,0 +1,106 @@
+"""`huggingface`: the residual stream of a transformers model, by a plain forward hook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from attrs import field
+from attrs.validators import ge
+from torch import Tensor, nn
+
+from spalf.core.protocols import Stream
+from spalf.core.slots import source
+from spalf.core.values import Facts
+from spalf.errors import SourceError
+from spalf.parts.source import checkpoint
+from spalf.parts.source.language import LanguageStream
+from spalf.parts.source.options import LanguageOptions
+
+
+class _Stop(Exception):
+    """Raised by the hook: nothing behind it needs to run."""
+
+
+def _stream_of(output: Any) -> Tensor:
+    """A block returns the residual stream, or a tuple that begins with it (gpt_neo, bloom, falcon)."""
+    x_STD: Tensor = output[0] if isinstance(output, tuple) else output
+    return x_STD
+
+
+class ResidualModel:
+    """A transformers model, hooked after one decoder block."""
+
+    def __init__(self, model: nn.Module, layer: int) -> None:
+        self._model: Any = model
+        self._block = checkpoint.decoder_layers(model)[layer]
+
+    def activations(self, tokens_ST: Tensor, real_ST: Tensor | None) -> Tensor:
+        """[S, T, D] after the block; the blocks behind it do not run."""
+        found: list[Tensor] = []
+
+        def take(module: nn.Module, args: Any, output: Any) -> None:
+            found.append(_stream_of(output))
+            raise _Stop
+
+        handle = self._block.register_forward_hook(take)
+        try:
+            with torch.inference_mode():
+                self._model(input_ids=tokens_ST, attention_mask=real_ST, use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
+
+    def logits(self, tokens_ST: Tensor, real_ST: Tensor | None, patch: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """[S, T, V]; the model is frozen, so a graph begins where `patch` brings one in."""
+
+        def replace(module: nn.Module, args: Any, output: Any) -> Any:
+            assert patch is not None
+            x_STD = patch(_stream_of(output))
+            return (x_STD, *output[1:]) if isinstance(output, tuple) else x_STD
+
+        handle = self._block.register_forward_hook(replace) if patch is not None else None
+        try:
+            logits_STV: Tensor = self._model(input_ids=tokens_ST, attention_mask=real_ST, use_cache=False).logits
+        finally:
+            if handle is not None:
+                handle.remove()
+        return logits_STV
+
+    def unembedding(self) -> Tensor:
+        """[V, D]."""
+        weight_VD: Tensor = self._model.get_output_embeddings().weight
+        return weight_VD
+
+
+@source("huggingface")
+class Huggingface(LanguageOptions):
+    """The residual stream after decoder block `layer` of a transformers model, over text.
+
+    Hook name `blocks.{layer}.hook_resid_post`. The model stops at the hook unless logits are wanted.
+    """
+
+    layer: int = field(validator=ge(0))
+
+    def facts(self) -> Facts:
+        """From config.json, or from d_model, n_vocab and n_layers as stated. Raises SourceError with a remedy."""
+        costs = self.costs()
+        checkpoint.same("d_model", self.d_model, costs.d_model)
+        if costs.n_layers and self.layer >= costs.n_layers:
+            raise SourceError(
+                f'source.layer = {self.layer}, but model "{self.model}" has blocks 0 to {costs.n_layers - 1}'
+            )
+        hook = f"blocks.{self.layer}.hook_resid_post"
+        return self.base_facts(costs, hook=hook, width=costs.d_model, layers=self.layer + 1)
+
+    def open(self, seed: int, device: torch.device) -> Stream:
+        """Loads model and tokenizer. Raises SourceError where they, or the text, cannot be used."""
+        self.facts()  # a wrong layer or a contradiction is refused before the weights are loaded
+        loaded: Any = checkpoint.load_model(self.model, self.revision, self.torch_dtype(), device)
+        # The config is in the cache by now: a stated fact that it contradicts is refused here at the latest.
+        facts = self.facts()
+        vocabulary = self.vocabulary(facts.n_vocab, loaded.config)
+        return LanguageStream(self, facts, ResidualModel(loaded, self.layer), vocabulary, seed=seed, device=device)

@@ -1,0 +1,139 @@
+"""The options that the two language-model sources share, and the facts that follow from them."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, cast, dataclass_transform
+
+import attrs
+import torch
+from attrs import field
+from attrs.validators import ge, gt, in_, lt
+
+from spalf.core.values import Facts
+from spalf.errors import SourceError
+from spalf.parts.source import checkpoint
+from spalf.parts.source.contexts import Vocabulary
+from spalf.parts.source.documents import Documents, Keep, is_held_out, open_documents
+
+C = TypeVar("C")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+def options(cls: type[C]) -> type[C]:
+    """Frozen, keyword-only options that components inherit; carries no label."""
+    return attrs.frozen(kw_only=True)(cls)
+
+
+@options
+class LanguageOptions:
+    """Options of every source with a language model and text behind it."""
+
+    model: str
+    """Hub name, local directory, or "embedded": the small model of Python source that spalf carries."""
+    revision: str = "main"
+    text: str = ""
+    """Paths, globs or directories of text, jsonl, parquet or token files, with commas between; or "stdlib"."""
+    dataset: str = ""
+    """Hub name of a dataset, streamed; either this or `text`."""
+    config: str = ""
+    split: str = "train"
+    column: str = "text"
+    held_out: float = field(default=0.05, validator=[gt(0.0), lt(1.0)])
+    """Share of documents kept from training, one in round(1 / held_out), chosen by a hash of the document."""
+    held_out_from: str = ""
+    """Another `text`, or another split of `dataset`, for held-out documents; then training sees all of its own."""
+    repeat: bool = True
+    """Start over when the text ends, in another order where the text is local."""
+    context: int = field(default=128, validator=gt(1))
+    """Tokens per sequence."""
+    sequences: int = field(default=256, validator=gt(0))
+    """Sequences per model pass."""
+    shuffle: int = field(default=1 << 20, validator=gt(0))
+    """Activations per shuffled block, rounded down to whole contexts."""
+    bos: bool = False
+    """Begin each context with the tokenizer's BOS."""
+    skip_first: bool = True
+    """Leave position 0 out of training: it has no context, and models park attention there."""
+    dtype: str = field(default="bfloat16", validator=in_(("bfloat16", "float16", "float32")))
+    """Of the model and of the shuffled block; batches are float32."""
+    d_model: int = field(default=0, validator=ge(0))
+    """Stated facts, for compiling without the model's config; checked against it when there is one. 0: not stated."""
+    n_vocab: int = field(default=0, validator=ge(0))
+    n_layers: int = field(default=0, validator=ge(0))
+
+    def torch_dtype(self) -> torch.dtype:
+        return cast(torch.dtype, getattr(torch, self.dtype))
+
+    def block_rows(self) -> int:
+        """`shuffle` rounded down to whole contexts, and at least one."""
+        per_context = self.context - self.skip_first
+        return max(1, self.shuffle // per_context) * per_context
+
+    def one_in(self) -> int:
+        """One document in this many is held out."""
+        return max(2, round(1 / self.held_out))
+
+    def costs(self) -> checkpoint.Costs:
+        """From the config where there is one, else as stated. Raises SourceError where they differ or neither is."""
+        config = checkpoint.read_config(self.model, self.revision)
+        if config is not None:
+            costs = checkpoint.costs_of_config(config)
+            checkpoint.same("n_vocab", self.n_vocab, costs.n_vocab)
+            checkpoint.same("n_layers", self.n_layers, costs.n_layers)
+            return costs
+        if not (self.d_model and self.n_vocab):
+            raise SourceError(
+                f'model "{self.model}": neither a local directory nor in the hub cache, so its width is unknown '
+                f"(state source.d_model and source.n_vocab, or fetch it first: hf download {self.model} config.json)"
+            )
+        return checkpoint.costs_as_stated(self.d_model, self.n_vocab, self.n_layers)
+
+    def base_facts(self, costs: checkpoint.Costs, *, hook: str, width: int, layers: int) -> Facts:
+        """Facts at a hook of `width` that the first `layers` blocks lead to."""
+        to_hook, full = checkpoint.spread(layers, self.context, costs)
+        return Facts(
+            d_model=width,
+            n_vocab=costs.n_vocab,
+            provides=frozenset({"activations", "tokens", "logits", "unembedding"}),
+            hook=hook,
+            model=self.model,
+            context=self.context,
+            n_parameters=costs.n_parameters,
+            flops_to_hook=to_hook,
+            flops_full=full,
+            bytes_per_activation=width * self.torch_dtype().itemsize,
+            shuffle=self.block_rows(),
+        )
+
+    def vocabulary(self, size: int, config: Any) -> Vocabulary:
+        """Tokenizer and special ids. Raises SourceError where packing needs an id that the model does not have."""
+        tokenizer = checkpoint.load_tokenizer(self.model, self.revision)
+        end = getattr(tokenizer, "eos_token_id", None)
+        if end is None:
+            end = config.get_text_config().eos_token_id
+            end = end[0] if isinstance(end, list) else end
+        if end is None:
+            raise SourceError(f'model "{self.model}" names no end-of-text token (set eos_token_id in its config.json)')
+        begin = getattr(tokenizer, "bos_token_id", None) if self.bos else None
+        if self.bos and begin is None:
+            raise SourceError(f'model "{self.model}" has no BOS token (set source.bos = false)')
+        return Vocabulary(tokenizer=tokenizer, size=size, end_of_text=end, begin=begin)
+
+    def documents(self, seed: int, end_of_text: int, held_out: bool) -> tuple[Documents, Keep]:
+        """Documents in this seed's order, and which of them belong to the split."""
+        other = self.held_out_from if held_out else ""
+        documents = open_documents(
+            text=(other or self.text) if self.text else "",
+            dataset=self.dataset,
+            config=self.config,
+            split=other if other and self.dataset else self.split,
+            column=self.column,
+            seed=seed,
+            end_of_text=end_of_text,
+        )
+        if self.held_out_from:
+            if self.held_out_from == (self.split if self.dataset else self.text):
+                raise SourceError(f'source.held_out_from = "{self.held_out_from}" is the training text (name another)')
+            return documents, lambda key: True
+        one_in = self.one_in()
+        return documents, lambda key: is_held_out(key, one_in) == held_out
