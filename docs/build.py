@@ -76,7 +76,7 @@ def cell(text: str) -> str:
 
 
 def signature(ref: ComponentRef, cls: type) -> str:
-    """How a heading names a component: its name and its options."""
+    """A component's name and its options, as they stand below its heading."""
     return f"{ref.use}({', '.join(a.name for a in attrs.fields(cls))})"
 
 
@@ -84,7 +84,8 @@ def component(ref: ComponentRef, known: Registry) -> Iterator[str]:
     """A component's heading, contract, origin and options."""
     cls = known.resolve(ref.slot, ref.use)
     told = describe(known, ref)
-    yield f"## {signature(ref, cls)}\n"
+    yield f"## {ref.use}\n"
+    yield f"`{signature(ref, cls)}`\n"
     yield prose(told["doc"]) + "\n"
     notes = [f"Origin: `{ref.slot}.{ref.use}` of {told['origin'].split()[0]}, class `{told['class']}`."]
     if told["needs"]:
@@ -110,7 +111,7 @@ def shipped() -> Registry:
 
 def slot_page(slot: Slot, known: Registry) -> str:
     refs = [ref for ref in known if ref.slot == slot.name]
-    links = [f"[`{ref.use}`](#{anchor(signature(ref, known.resolve(ref.slot, ref.use)))})" for ref in refs]
+    links = [f"[`{ref.use}`](#{ref.use})" for ref in refs]
     lines = [
         f"# {slot.name}\n",
         MARK + "\n",
@@ -124,11 +125,6 @@ def slot_page(slot: Slot, known: Registry) -> str:
     for ref in refs:
         lines += component(ref, known)
     return "\n".join(lines).rstrip() + "\n"
-
-
-def anchor(heading: str) -> str:
-    """The fragment that GitHub gives a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def specifications() -> dict[str, Any]:

@@ -7,7 +7,7 @@ import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -68,9 +68,12 @@ def type_text(hint: Any) -> str:
         return " | ".join(f'"{a}"' if isinstance(a, str) else repr(a) for a in args)
     if origin in (typing.Union, types.UnionType):
         return " | ".join(type_text(a) for a in args)
+    if origin is not None and args and issubclass(origin, Mapping):
+        return f"table of {type_text(args[-1])}"
+    if origin is tuple and Ellipsis not in args:
+        return "[" + ", ".join(type_text(a) for a in args) + "]"
     if origin is not None and args:
-        inner = ", ".join("..." if a is Ellipsis else type_text(a) for a in args)
-        return f"{getattr(origin, '__name__', str(origin))}[{inner}]"
+        return f"array of {type_text(args[0])}"
     return getattr(hint, "__name__", str(hint))
 
 
@@ -110,7 +113,14 @@ def bounds(validator: Any) -> str:
 
 
 def _meanings(cls: type) -> dict[str, str]:
-    """Docstrings that follow an option in the class body."""
+    """Docstrings that follow an option in the body of the class or of one it inherits from."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        found |= _meanings_in(base)
+    return found
+
+
+def _meanings_in(cls: type) -> dict[str, str]:
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     except (OSError, TypeError, SyntaxError):
