@@ -8,7 +8,7 @@ MISSING = "-"
 
 
 def number(x: object, digits: int = 4) -> str:
-    """Whole numbers in full, others to `digits` significant ones; "-" for what was not measured."""
+    """Whole and large numbers to the last unit, others to `digits` significant digits; "-" for what was not measured."""
     if x is None:
         return MISSING
     if isinstance(x, bool):
@@ -17,8 +17,8 @@ def number(x: object, digits: int = 4) -> str:
         return str(x)
     if isinstance(x, float) and not math.isfinite(x):
         return str(x)
-    if x == int(x) and abs(x) < 1e15:
-        return f"{int(x):,}".replace(",", " ")
+    if abs(x) < 1e15 and (x == int(x) or abs(x) >= 10**digits):
+        return f"{round(x):,}".replace(",", " ")
     return f"{x:.{digits}g}"
 
 
@@ -38,7 +38,7 @@ def scaled(x: float, unit: str, step: float = 1000.0) -> str:
     power = 0
     while abs(x) >= step and power < len(prefixes) - 1:
         x, power = x / step, power + 1
-    text = f"{x:.0f}" if power == 0 else f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}"
+    text = f"{x:.0f}" if power == 0 else f"{x:.3g}" if abs(x) < 999.5 else f"{x:.0f}"
     return f"{text} {prefixes[power]}{unit}"
 
 
