@@ -91,11 +91,10 @@ def firing_rates(options: Synthetic) -> Tensor:
     """[N]: p_r = least + (most - least) (r^-z - N^-z) / (1 - N^-z), before any hierarchy."""
     n = options.features
     rank_N = torch.arange(1, n + 1, dtype=torch.float64)
-    fall_N = rank_N**-options.zipf
+    fall_N = rank_N.pow(-options.zipf)
     last = float(n) ** -options.zipf
     share_N = (fall_N - last) / (1 - last) if n > 1 else torch.ones_like(fall_N)
-    rate_N: Tensor = torch.as_tensor(options.least + (options.most - options.least) * share_N)
-    return rate_N
+    return options.least + (options.most - options.least) * share_N
 
 
 def directions(options: Synthetic) -> Tensor:
@@ -121,7 +120,9 @@ def mixing(options: Synthetic) -> Tensor:
     draw = generator("mixing", options.world)
     q_DD, _ = torch.linalg.qr(torch.randn(d, d, generator=draw, dtype=torch.float64))
     exponent_D = torch.linspace(0.5, -0.5, d, dtype=torch.float64) if d > 1 else torch.zeros(1, dtype=torch.float64)
-    return ((q_DD * options.condition**exponent_D) @ q_DD.T).float()
+    scale_D = torch.tensor(options.condition, dtype=torch.float64).pow(exponent_D)
+    mix_DD: Tensor = (q_DD * scale_D) @ q_DD.T
+    return mix_DD.float()
 
 
 class World:
