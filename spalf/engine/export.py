@@ -1,0 +1,114 @@
+"""Fold the whitening into a dictionary that takes and gives raw activations, and write it.
+
+Shape letters: F features, D d_model. A feature is a row, in both matrices.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spalf.core.built import Autoencoder, Metric
+from spalf.core.recipe import Plan
+from spalf.core.slots import label
+from spalf.core.state import TrainingState
+from spalf.core.values import Raw, White
+from spalf.engine.checkpoint import versions
+from spalf.errors import CheckpointError
+
+FORMAT = "spalf.dictionary.1"
+FORMULA = "p = x W_enc' + b_enc;  z = p where p > threshold, else 0;  x_hat = z W_dec + b_dec"
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+CHUNK = 8192  # rows folded at a time: both matrices in float64 at once are four times the model
+
+
+@torch.no_grad()
+def fold(metric: Metric, sae: Autoencoder, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """The dictionary in model space, computed in float64; the two matrices in `dtype`, the vectors at least float32.
+
+    W_enc, W_dec [F, D], W_dec with unit rows; b_enc, threshold, scale [F]; b_dec [D]. It is applied to x itself, with
+    nothing subtracted first: p = x W_enc' + b_enc, z = p 1[p > threshold], x_hat = z W_dec + b_dec. Its codes are
+    `scale` times the trained ones, so an activation that selects by order has to sort by p / scale.
+    """
+    wide = copy.deepcopy(metric).double() if isinstance(metric, nn.Module) else metric
+    vector = torch.promote_types(dtype, torch.float32)
+    zero_D = White(sae.b_dec_D.new_zeros(sae.b_dec_D.shape, dtype=torch.float64))
+    mean_D = wide.raw(zero_D)
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("W_enc", "W_dec", "b_enc", "threshold", "scale")}
+    for start in range(0, sae.width, CHUNK):
+        rows = slice(start, start + CHUNK)
+        # D_raw = gain * D W^-1, c = row norms; a row of zeros has no direction and stays one
+        raw_FD = sae.log_gain.double().exp() * wide.raw_direction(White(sae.W_dec_FD[rows].double()))
+        norm_F = raw_FD.norm(dim=1)
+        c_F = torch.where(norm_F > 0, norm_F, 1.0)
+        # p = (x - mean) W E': the rows are E W, by the map that takes directions to whitened space (W is symmetric)
+        enc_FD = (c_F[:, None] * wide.white_direction(Raw(sae.W_enc_FD[rows].double()))).to(dtype)
+        parts["W_dec"].append((raw_FD / c_F[:, None]).to(dtype))
+        parts["W_enc"].append(enc_FD)
+        # With the mean through the rows as they were rounded: what rounding adds then acts on x - mean, not on x.
+        parts["b_enc"].append((c_F * sae.b_enc_F[rows].double() - enc_FD.double() @ mean_D).to(vector))
+        parts["threshold"].append((c_F * sae.activator.threshold_F()[rows].double()).to(vector))
+        parts["scale"].append(c_F.to(vector))
+    out = {name: torch.cat(chunks) for name, chunks in parts.items()}
+    return {**out, "b_dec": wide.raw(White(sae.b_dec_D.double())).to(vector)}
+
+
+def export(plan: Plan, state: TrainingState, directory: Path, dtype: str = "float32") -> Path:
+    """Write `sae.safetensors` and `config.json` into `directory` and return it.
+
+    "bfloat16" halves the file and is lossy: a raw encoder row has large entries where the variance is small, and their
+    rounding meets activations of every variance. A directory that has a config.json has the tensors that belong to it: it is taken away first and written last.
+    Raises CheckpointError at an unknown dtype, or where a folded number is not finite.
+    """
+    if dtype not in DTYPES:
+        raise CheckpointError(f'export: there is no dtype "{dtype}" (use {", ".join(DTYPES)})')
+    tensors = {k: v.cpu().contiguous() for k, v in fold(state.metric, state.sae, DTYPES[dtype]).items()}
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise CheckpointError(f"not exported, because these are not finite: {', '.join(bad)}")
+    directory.mkdir(parents=True, exist_ok=True)
+    config, weights = directory / "config.json", directory / "sae.safetensors"
+    drafts = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in (weights, config)}
+    save_file(tensors, drafts[weights], metadata={"format": FORMAT})
+    drafts[config].write_text(json.dumps(_config(plan, state, dtype), indent=1) + "\n", encoding="utf-8")
+    for draft in drafts.values():
+        _sync(draft)
+    config.unlink(missing_ok=True)
+    for path, draft in drafts.items():
+        draft.replace(path)
+    _sync(directory)
+    return directory
+
+
+def _config(plan: Plan, state: TrainingState, dtype: str) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "formula": FORMULA,
+        "d_model": plan.facts.d_model,
+        "F": state.sae.width,
+        "dtype": dtype,
+        "hook": plan.facts.hook,
+        "model": plan.facts.model,
+        "activation": label(type(plan.recipe.activation)).use,
+        "strata": {name: [rows.start, rows.stop] for name, rows in state.sae.rows.items()},
+        "recipe": plan.recipe.name,
+        "phase": state.clock.phase,
+        "step": state.clock.step,
+        "versions": versions(),
+    }
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
