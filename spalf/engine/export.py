@@ -65,7 +65,8 @@ def export(plan: Plan, state: TrainingState, directory: Path, dtype: str = "floa
     """Write `sae.safetensors` and `config.json` into `directory` and return it.
 
     "bfloat16" halves the file and is lossy: a raw encoder row has large entries where the variance is small, and their
-    rounding meets activations of every variance. A directory that has a config.json has the tensors that belong to it: it is taken away first and written last.
+    rounding meets activations of every variance. A directory that has a config.json has the tensors that belong to it:
+    the file is taken away first and written last.
     Raises CheckpointError at an unknown dtype, or where a folded number is not finite.
     """
     if dtype not in DTYPES:
