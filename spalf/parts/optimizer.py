@@ -38,12 +38,14 @@ def schedule(clock: Clock, warmup: int, decay: float, final: float) -> float:
 
 def schedule_rows(plan: Plan, warmup: int, decay: float, final: float) -> list[Derived]:
     """What the schedule comes to in steps."""
+    steps = warmup or warmup_steps(plan.total_steps)
+    is_derived = steps == warmup_steps(plan.total_steps)
     return [
         Derived(
             path="optimizer.warmup",
-            value=float(warmup or warmup_steps(plan.total_steps)),
-            formula="total_steps / 50 within 200 to 1000, at most total_steps / 5",
-            origin="optimizer.warmup = 0",
+            value=float(steps),
+            formula="total_steps / 50 within 200 to 1000, at most total_steps / 5" if is_derived else "as given",
+            origin="optimizer.warmup = 0" if is_derived else "optimizer.warmup",
         ),
         Derived(
             path="optimizer.decay_start",

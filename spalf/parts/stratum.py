@@ -39,7 +39,7 @@ class Anchored:
         return settled
 
     def rows(self, facts: Facts, remaining: int, width: int) -> int:
-        """One row per anchor. Raises RecipeError where the source has no unembedding or the cap is above F / 2."""
+        """min(n_vocab, cap or F / 4): one per anchor. Raises RecipeError above F / 2, or without an unembedding."""
         if "unembedding" not in facts.provides:
             raise RecipeError(
                 [
@@ -125,7 +125,7 @@ class Free:
     unit_norm: bool = True
 
     def rows(self, facts: Facts, remaining: int, width: int) -> int:
-        """All that remain."""
+        """F - rows of the strata before it."""
         return remaining
 
     def anchor(self, stream: Stream, rows: int) -> None:

@@ -103,6 +103,8 @@ def test_warmup_steps(total: int, steps: int) -> None:
 def test_derived_rows() -> None:
     rows = {row.path: row.value for row in Adam(lr=0.01, encoder_scale=2.0).derive(plan(1000, 64))}
     assert rows["optimizer.decay_start"] == 800
+    given = Adam(lr=0.01, warmup=7).derive(plan(1000))[0]
+    assert (given.value, given.formula, given.origin) == (7, "as given", "optimizer.warmup")
     assert rows["optimizer.relative_step"] == pytest.approx(0.01 * 2 * 8)
 
 
