@@ -65,26 +65,27 @@ class _Jump(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_z, grad_gate = grads
-        pre_BK, log_threshold_F, bandwidth_F, index_BK = ctx.saved_tensors
-        theta = _listed(log_threshold_F.exp(), index_BK, math.inf)
-        eps = _listed(bandwidth_F, index_BK, 1.0)
-        window = (pre_BK > theta - eps / 2) & (pre_BK < theta + eps / 2)
-        slope = window / eps
-        if ctx.ramp:
-            above = pre_BK - theta
-            gate_slope = torch.where((above > 0) & (above <= eps), above * 2 / eps.square(), 0.0)
-        else:
-            gate_slope = slope
-        to_pre = grad_z * (pre_BK > theta) if grad_z is not None else torch.zeros_like(pre_BK)
+        pre_BK, log_threshold_F, eps_F, index_BK = ctx.saved_tensors
+        theta_F = log_threshold_F.exp()
+        theta = _listed(theta_F, index_BK, math.inf)
+        half = _listed(eps_F / 2, index_BK, 1.0)
+        window = (pre_BK > theta - half) & (pre_BK < theta + half)
         # to log theta: -(theta^2 gz + theta gh) K((p - theta) / eps) / eps, summed over rows
-        to_log = torch.zeros_like(pre_BK)
+        to_pre, to_log_F, force = None, torch.zeros_like(theta_F), None
         if grad_z is not None:
-            to_log = to_log - torch.where(window, theta.square() * grad_z, 0.0) * slope
-        if grad_gate is not None:
-            to_log = to_log - torch.where(gate_slope > 0, theta * grad_gate, 0.0) * gate_slope
+            to_pre, force = grad_z * (pre_BK > theta), grad_z * theta
+        if grad_gate is not None and ctx.ramp:
+            # slope of the envelope: (p - theta) / gamma
+            slope = torch.where((pre_BK > theta) & (pre_BK <= theta + 2 * half), (pre_BK - theta) / (2 * half**2), 0.0)
+            to_log_F = to_log_F - theta_F * _per_feature(grad_gate * slope, index_BK, len(theta_F))
             if ctx.push:
-                to_pre = to_pre + grad_gate * gate_slope
-        return to_pre, _per_feature(to_log, index_BK, log_threshold_F.shape[0]), None, None, None, None
+                to_pre = grad_gate * slope if to_pre is None else to_pre + grad_gate * slope
+        elif grad_gate is not None:
+            force = grad_gate if force is None else force + grad_gate
+        if force is not None:
+            inside_F = _per_feature(torch.where(window, force, 0.0), index_BK, len(theta_F))
+            to_log_F = to_log_F - theta_F / eps_F * inside_F
+        return to_pre, to_log_F, None, None, None, None
 
 
 class JumpReLUActivator(nn.Module):

@@ -17,7 +17,7 @@ from spalf.errors import RunError
 from spalf.kernels import compact, reference
 
 # Listed entries per row, as a share of the features, above which a dense product beats gathering (measured on a CPU).
-_SPARSE = 1 / 16
+_SPARSE = 1 / 10
 
 
 @define(kw_only=True)

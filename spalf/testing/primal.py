@@ -1,0 +1,223 @@
+"""Conformance of activations, terms and constraints (and, next door, kernels): what every one of them must do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from attrs import evolve
+from torch import Tensor, nn
+
+from spalf.core.built import Activator
+from spalf.core.slots import label
+from spalf.core.values import View
+from spalf.testing.toy import toy_view
+
+Check = Callable[[], None]
+
+EXAMPLES = {("constraint", "causal"): {"calibration": 8}}
+
+
+def checks(cls: type, component: Any) -> list[Check]:
+    """The checks of the slot that `cls` is labelled with."""
+    from spalf.testing import primal_kernel
+
+    own = {"activation": _activation, "term": _term, "constraint": _constraint, "kernel": primal_kernel.checks}
+    return own[label(cls).slot](component)
+
+
+def close(a: Tensor, b: Tensor, what: str, tolerance: float = 1e-4) -> None:
+    """Asserts equality within `tolerance` of the larger one's greatest entry."""
+    assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    apart = float((a.detach() - b.detach()).abs().max()) if a.numel() else 0.0
+    size = float(b.detach().abs().max()) if b.numel() else 0.0
+    assert apart <= tolerance * (size + 1e-6), f"{what}: apart by {apart:.2e} at size {size:.2e}"
+
+
+def gradients(sae: Any) -> dict[str, Tensor]:
+    """Each parameter's gradient by name, zero where there is none."""
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in sae.named_parameters()}
+
+
+# ------------------------------------------------------------------------------------------------------ activation
+def _activator(component: Any, width: int = 24, rows: int = 400) -> tuple[Activator, Tensor]:
+    """An activator calibrated to a density of 0.1 on its pre-activations [rows, width], float64."""
+    draw = torch.Generator().manual_seed(5)
+    pre_BF = torch.randn(rows, width, generator=draw, dtype=torch.float64) * torch.linspace(0.5, 2, width)
+    activator: Activator = component.build(width)
+    cast(nn.Module, activator).double()
+    activator.calibrate_(pre_BF, 0.1, slice(0, width))
+    return activator, pre_BF
+
+
+def _backward(activator: Activator, pre: Tensor, index: Tensor | None, out: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Gradients at the parameters and at `pre` of sum(out(pre) * (z + gate))."""
+    leaf = pre.clone().requires_grad_(True)
+    z, gate = activator(leaf, index)
+    weight = out(pre)
+    parameters = list(cast(nn.Module, activator).parameters())
+    grads = torch.autograd.grad((weight * (z + gate)).sum(), [leaf, *parameters], allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, [leaf, *parameters], strict=True)]
+
+
+def _activation(component: Any) -> list[Check]:
+    def gate_is_zero_or_one_and_z_is_zero_where_the_gate_is() -> None:
+        activator, pre_BF = _activator(component)
+        z_BF, gate_BF = activator(pre_BF)
+        assert bool(((gate_BF == 0) | (gate_BF == 1)).all())
+        assert bool((z_BF[gate_BF == 0] == 0).all())
+        assert bool((z_BF[gate_BF == 1] > 0).all())
+
+    def calibration_gives_the_density() -> None:
+        activator, pre_BF = _activator(component)
+        gate_BF = activator(pre_BF)[1]
+        close(gate_BF.mean().detach(), torch.tensor(0.1, dtype=gate_BF.dtype), "share of active entries", 0.05)
+
+    def below_reach_is_neither_value_nor_gradient() -> None:
+        activator, pre_BF = _activator(component)
+        reach_F = activator.reach_F()
+        if reach_F is None:
+            return
+        low_BF = torch.minimum(pre_BF, reach_F)
+        z_BF, gate_BF = activator(low_BF)
+        assert not bool(z_BF.any()), "an entry at or below reach has a value"
+        assert not bool(gate_BF.any()), "an entry at or below reach is active"
+        for gradient in _backward(activator, low_BF, None, torch.ones_like):
+            assert not bool(gradient.any()), "an entry at or below reach has a gradient"
+
+    def a_list_equals_the_dense_code() -> None:
+        activator, pre_BF = _activator(component)
+        reach_F = activator.reach_F()
+        if reach_F is None:
+            return
+        width = pre_BF.shape[1]
+        on_BF = pre_BF > reach_F
+        index_BK = torch.where(on_BF, torch.arange(width), width).sort(dim=1).values[:, : int(on_BF.sum(1).max())]
+        padded_BF = torch.cat([pre_BF, torch.zeros(len(pre_BF), 1, dtype=pre_BF.dtype)], dim=1)
+        pre_BK = padded_BF.gather(1, index_BK)
+        for listed, dense in zip(activator(pre_BK, index_BK), activator(pre_BF), strict=True):
+            back_BF = padded_BF.new_zeros(padded_BF.shape).scatter_add(1, index_BK, listed.detach())
+            assert not bool(back_BF[:, width].any()), "padding has a value"
+            close(back_BF[:, :width], dense, "listed values", 1e-12)
+        ours, theirs = (_backward(activator, p, i, torch.cos) for p, i in ((pre_BK, index_BK), (pre_BF, None)))
+        for a, b in zip(ours[1:], theirs[1:], strict=True):
+            close(a, b, "gradient of a parameter from a list", 1e-9)
+        assert not bool(ours[0][index_BK == width].any()), "padding has a gradient"
+
+    return [
+        gate_is_zero_or_one_and_z_is_zero_where_the_gate_is,
+        calibration_gives_the_density,
+        below_reach_is_neither_value_nor_gradient,
+        a_list_equals_the_dense_code,
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ term, constraint
+def _reaches_a_parameter(part: Any) -> None:
+    view = toy_view()
+    value = part.value(view)
+    assert value.ndim == 0, f"value is {value}"
+    assert math.isfinite(float(value.detach())), f"value is {value}"
+    value.backward()
+    assert any(bool(g.any()) for g in gradients(view.sae).values()), "no parameter has a gradient"
+
+
+def _mean_value(part: Any, n: int = 64, **view: Any) -> tuple[float, float]:
+    """Mean over draws and its standard error; one draw where a second one is equal."""
+    values = [float(part.value(toy_view(seed=0, **view)).detach())]
+    first = toy_view(seed=0, **view)
+    for seed in range(1, n):
+        values.append(float(part.value(evolve(first, draw=torch.Generator().manual_seed(seed))).detach()))
+        if seed == 1 and values[0] == values[1]:
+            return values[0], 0.0
+    sample = torch.tensor(values, dtype=torch.float64)
+    return float(sample.mean()), float(sample.std()) / math.sqrt(n)
+
+
+def _repeated_rows_change_nothing(part: Any) -> None:
+    (once, error_once), (twice, error_twice) = (_mean_value(part, repeat=r) for r in (1, 2))
+    allowed = 1e-4 * abs(once) + 5 * (error_once + error_twice)
+    assert abs(once - twice) <= allowed, f"{once} on the rows, {twice} on the rows twice"
+
+
+def _only(view: View, rows: slice) -> View:
+    """The view of a shard: entries of other features are as if they were not there."""
+    code = view.forward.code
+    keep_F = torch.zeros(code.width)
+    keep_F[rows] = 1
+    masked = evolve(code, pre_BK=code.pre_BK * keep_F, gate_BK=code.gate_BK * keep_F, z_BK=code.z_BK * keep_F)
+    return evolve(view, forward=evolve(view.forward, code=masked))
+
+
+def _term(component: Any) -> list[Check]:
+    def a_finite_scalar_whose_gradient_reaches_a_parameter() -> None:
+        _reaches_a_parameter(component)
+
+    def unchanged_when_rows_are_repeated() -> None:
+        _repeated_rows_change_nothing(component)
+
+    def unchanged_by_the_unit_of_model_space() -> None:
+        close(component.value(toy_view(scale=20.0)), component.value(toy_view()), "value in another unit", 1e-3)
+
+    def equal_on_a_list() -> None:
+        if not component.dense:
+            from spalf.parts.kernel import TorchOps
+
+            listed = toy_view(dense=False, ops=TorchOps(code="compact"))
+            assert listed.forward.code.index_BK is not None
+            close(component.value(listed), component.value(toy_view()), "value of a compact code")
+
+    def shards_add_up() -> None:
+        if component.partial:
+            view, cut = toy_view(), 19
+            parts = [component.value(_only(view, rows)) for rows in (slice(0, cut), slice(cut, view.sae.width))]
+            close(parts[0] + parts[1], component.value(view), "sum over shards")
+
+    return [
+        a_finite_scalar_whose_gradient_reaches_a_parameter,
+        unchanged_when_rows_are_repeated,
+        unchanged_by_the_unit_of_model_space,
+        equal_on_a_list,
+        shards_add_up,
+    ]
+
+
+def _constraint(component: Any) -> list[Check]:
+    def a_finite_scalar_whose_gradient_reaches_a_parameter() -> None:
+        _reaches_a_parameter(component)
+
+    def unchanged_when_rows_are_repeated() -> None:
+        _repeated_rows_change_nothing(component)
+
+    def the_budget_is_positive_and_carries_no_graph() -> None:
+        budget = component.budget(toy_view())
+        assert budget.ndim == 0, f"budget is {budget}"
+        assert 0 < float(budget) < math.inf, f"budget is {budget}"
+        assert not budget.requires_grad
+
+    def value_and_budget_share_a_unit() -> None:
+        ratios = [component.value(v) / component.budget(v) for v in (toy_view(), toy_view(scale=20.0))]
+        close(ratios[1], ratios[0], "value / budget in another unit of model space", 1e-2)
+
+    def a_step_against_the_gradient_lowers_it() -> None:
+        view = toy_view()
+        before = component.value(view)
+        before.backward()
+        found = gradients(view.sae)
+        squared = sum(float(g.square().sum()) for g in found.values())
+        step = 1e-3 * float(before.detach().abs()) / squared
+        with torch.no_grad():
+            for name, p in view.sae.named_parameters():
+                p.sub_(step * found[name])
+        after = float(component.value(toy_view(sae=view.sae)).detach())
+        assert after < float(before.detach()), f"from {float(before.detach())} to {after}"
+
+    return [
+        a_finite_scalar_whose_gradient_reaches_a_parameter,
+        unchanged_when_rows_are_repeated,
+        the_budget_is_positive_and_carries_no_graph,
+        value_and_budget_share_a_unit,
+        a_step_against_the_gradient_lowers_it,
+    ]

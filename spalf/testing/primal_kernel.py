@@ -1,0 +1,124 @@
+"""Conformance of kernels: every operation equals the oracle, values and gradients, on awkward shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from spalf.core.built import Ops
+from spalf.core.values import Code, Machine, White
+from spalf.errors import RunError
+from spalf.nn import StratifiedAutoencoder
+from spalf.testing.primal import close, gradients
+
+Check = Callable[[], None]
+SHAPES = ((1, 17, 1023), (7, 17, 129), (33, 12, 48))
+
+
+def _integers(draw: torch.Generator, *shape: int) -> Tensor:
+    """Small enough that bfloat16 holds their products' sums exactly: every precision gives the same numbers."""
+    return torch.randint(-1, 2, shape, generator=draw).float()
+
+
+def _exact(ops: Ops, rows: int, dim: int, width: int, threshold: float) -> tuple[StratifiedAutoencoder, White, Tensor]:
+    """An autoencoder of small integers, its input, and a gradient at its output; thresholds between integers."""
+    from spalf.parts.activation import JumpReLU
+
+    draw = torch.Generator().manual_seed(rows + dim + width)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cut = width // 3
+    strata = {"a": cut, "b": width - cut}
+    sae = StratifiedAutoencoder(dim, strata, JumpReLU(bandwidth=2.0).build(width), Machine(device=device, ops=ops))
+    for p in (sae.W_enc_FD, sae.W_dec_FD, sae.b_enc_F):
+        p.data.copy_(_integers(draw, *p.shape))
+    cast(Any, sae.activator).log_threshold_F.data.fill_(math.log(threshold))
+    return sae, White(_integers(draw, rows, dim).to(device)), _integers(draw, rows, dim).to(device)
+
+
+def _outcome(ops: Ops, shape: tuple[int, int, int], threshold: float, dense: bool) -> Iterator[tuple[str, Tensor]]:
+    """All that encode and decode give, forward and backward, as dense tensors by name."""
+    sae, white_BD, grad_BD = _exact(ops, *shape, threshold)
+    white_BD.requires_grad_(True)
+    code: Code = sae.encode(white_BD, dense)
+    hat_BD = ops.decode(code, sae)
+    yield from (("z", code.dense()), ("gate", code.scatter(code.gate_BK)), ("l0", code.l0_B()), ("hat", hat_BD))
+    yield "pre", torch.where(code.scatter(code.gate_BK) > 0, code.scatter(code.pre_BK), 0.0)
+    ((hat_BD * grad_BD).sum() + 2 * code.l0_B().sum()).backward()  # type: ignore[no-untyped-call]
+    assert white_BD.grad is not None
+    yield "input", white_BD.grad
+    yield from gradients(sae).items()
+
+
+def checks(component: Any) -> list[Check]:
+    """The checks of one kernel, on the device at hand; where it cannot run, that its error says why."""
+    from spalf.kernels.reference import ReferenceOps
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def ops_or_none() -> Ops | None:
+        try:
+            ops: Ops = component.ops(device)
+            return ops
+        except RunError as error:
+            if "(" not in str(error):
+                raise AssertionError(f"no remedy in: {error}") from error
+            return None
+
+    def equals_the_oracle(dense: bool) -> None:
+        ops = ops_or_none()
+        if ops is None:
+            return
+        for shape in SHAPES:
+            # few entries, none, and all of them that are positive
+            for threshold in (3.5, 60.5, 0.5):
+                ours, oracle = _outcome(ops, shape, threshold, dense), _outcome(ReferenceOps(), shape, threshold, True)
+                for (name, a), (_, b) in zip(ours, oracle, strict=True):
+                    close(a, b, f"{name} at rows, dim, features {shape}, threshold {threshold}", 1e-5)
+
+    def encode_and_decode_equal_the_oracle() -> None:
+        equals_the_oracle(False)
+
+    def a_dense_code_on_request_equals_the_oracle() -> None:
+        equals_the_oracle(True)
+
+    def a_code_lists_all_that_matters() -> None:
+        ops = ops_or_none()
+        if ops is None:
+            return
+        sae, white_BD, _ = _exact(ops, *SHAPES[2], 3.5)
+        assert sae.encode(white_BD, dense=True).index_BK is None, "a dense code was asked for"
+        code, reach_F = sae.encode(white_BD), sae.activator.reach_F()
+        if code.index_BK is None or reach_F is None or bool(code.overflow):
+            return
+        matters_BF = sae.encode(white_BD, dense=True).pre_BK > reach_F
+        listed_BF = code.scatter(torch.ones_like(code.pre_BK))
+        assert bool((listed_BF <= 1).all()), "an entry is listed twice"
+        assert bool((listed_BF[matters_BF] == 1).all()), "an entry above reach is not listed"
+
+    def coactivation_equals_the_oracle() -> None:
+        ops = ops_or_none()
+        if ops is None:
+            return
+        for shape in SHAPES:
+            outcomes = []
+            for one in (ops, ReferenceOps()):
+                sae, white_BD, _ = _exact(one, *shape, 1.5)
+                sample_R = torch.arange(shape[0], device=device).repeat(2)[: shape[0] + 1]
+                value = one.coactivation(sae.encode(white_BD), sae, sample_R, sae.rows["b"], lambda v: 2 * v)
+                value.backward()  # type: ignore[no-untyped-call]
+                outcomes.append((value, sae.W_dec_FD.grad))
+            for a, b in zip(*outcomes, strict=True):
+                assert a is not None
+                assert b is not None
+                close(a, b, f"coactivation at {shape}", 1e-4)
+
+    return [
+        encode_and_decode_equal_the_oracle,
+        a_dense_code_on_request_equals_the_oracle,
+        a_code_lists_all_that_matters,
+        coactivation_equals_the_oracle,
+    ]
