@@ -158,8 +158,6 @@ def _has_anchor(stratum: object) -> bool:
 
 def _knobs(facts: Facts, knobs: Knobs) -> Iterator[Problem]:
     F, L0 = knobs.F, knobs.L0_target
-    if facts.d_model < 1:
-        yield Problem("source", f"has activations of {facts.d_model} dimensions", "check the model's config")
     if F > LARGEST_F:
         yield Problem("knobs.F", f"{F} features are more than {LARGEST_F}", "lower it")
     if L0 >= F:

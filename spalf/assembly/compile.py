@@ -65,10 +65,14 @@ def _facts(converter: Converter, value: Any, problems: list[Problem]) -> Facts |
         return None
     try:
         facts: Facts = source.facts()
-        return facts
     except (SpalfError, ValueError, OSError) as e:
         problems += checks.located("source", e)
         return None
+    if facts.d_model < 1:
+        hint = "check the model's config, or source.d_model"
+        problems.append(Problem("source", f"has activations of {facts.d_model} dimensions", hint))
+        return None
+    return facts
 
 
 def _settle_knobs(knobs: Knobs, facts: Facts) -> Knobs:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import attrs
 
 from spalf.assembly import estimate, walk
@@ -35,11 +38,10 @@ def _sizes(plan: Plan, knobs: Knobs) -> list[Derived]:
 def _strata(plan: Plan) -> list[Derived]:
     """What a stratum's own `derive` says of its rows comes first."""
     out = []
-    for i, (name, n) in enumerate(plan.rows.items()):
-        last = i == len(plan.rows) - 1 and i > 0
-        formula = "F - rows of the strata before it" if last else "its own rule"
-        path = f"stratum.{name}.rows"
-        own = [row for row in _of(plan, f"stratum.{name}", plan.recipe.stratum[name]) if row.path == path]
+    for name, n in plan.rows.items():
+        stratum, path = plan.recipe.stratum[name], f"stratum.{name}.rows"
+        own = [row for row in _of(plan, f"stratum.{name}", stratum) if row.path == path]
+        formula = _first_sentence(type(stratum).rows) or "its own rule"
         out += own or [Derived(path=path, value=n, formula=formula, origin=f"stratum.{name}")]
     return out
 
@@ -77,10 +79,17 @@ def _path(path: str, component: object, own: str) -> str:
 
 
 def _budgets(plan: Plan) -> list[Derived]:
-    """Budgets that no component derives are measured when the constraint is switched on."""
+    """A budget that no component derives is measured when its constraint is switched on."""
     out = []
     for name in plan.constraints:
         phase = next(n for n in plan.recipe.phases if name in getattr(plan.recipe.phase[n], "constraints", ()))
+        formula = _first_sentence(type(plan.recipe.constraint[name])) or "measured"
         origin = f"on entering phase.{phase}"
-        out.append(Derived(path=f"constraint.{name}.budget", value=None, formula="measured", origin=origin))
+        out.append(Derived(path=f"constraint.{name}.budget", value=None, formula=formula, origin=origin))
     return out
+
+
+def _first_sentence(documented: object) -> str:
+    """A contract's first line, without the full stop and what follows it."""
+    first = (inspect.getdoc(documented) or "").partition("\n")[0]
+    return re.split(r"[.:] |[.:]$", first)[0]

@@ -11,6 +11,8 @@ def near(word: str, known: Iterable[str]) -> str | None:
     candidates = sorted(known)
     folded = {k.lower(): k for k in reversed(candidates)}
     found = get_close_matches(word.lower(), list(folded), n=1)
+    if not found and len(word) > 1:
+        found = [k for k in folded if k.startswith(word.lower())]
     return folded[found[0]] if found else None
 
 

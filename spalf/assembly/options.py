@@ -43,7 +43,10 @@ def complaint(error: Exception, name: str, value: object) -> tuple[str, str]:
         return f"must be {relation} {bound}, got {got}", ""
     if found := re.fullmatch(r"Length of '\w+' must be ([<>]=) (\d+): (\d+)", text):
         relation, bound, got = found.groups()
-        return f"must have at {'least' if relation == '>=' else 'most'} {bound} entries, got {got}", ""
+        noun = "entry" if bound == "1" else "entries"
+        return f"must have at {'least' if relation == '>=' else 'most'} {bound} {noun}, got {got}", ""
+    if found := re.match(r"'\w+' must match regex (.+) \(", text, re.DOTALL):
+        return f"must match the pattern {found.group(1)}, got {plain(value)}", ""
     if re.match(r"'\w+' must be in ", text) and len(error.args) == 4:
         allowed, got = list(error.args[2]), error.args[3]
         hint = suggest(got, allowed, "one of these") if isinstance(got, str) else ""

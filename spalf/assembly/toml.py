@@ -100,22 +100,18 @@ def dropped(table: Mapping[str, Any]) -> Table:
 
 
 def _merged(old: Any, new: Any, path: tuple[str, ...]) -> Any:
-    if _is_component(path):
+    if _is_component(path) or (len(path) > 2 and isinstance(old, dict) != isinstance(new, dict)):
         old, new = _long(old), _long(new)
-        if isinstance(old, dict) and isinstance(new, dict) and "use" in new and new["use"] != _use(old, path):
-            return new
-    if isinstance(old, dict) and isinstance(new, dict):
-        return merge(old, new, path)
-    return new
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    is_other = "use" in new and new["use"] != _use(old, path)
+    return new if is_other else merge(old, new, path)
 
 
 def _is_component(path: tuple[str, ...]) -> bool:
-    """Whether a table at `path` is a component's: dual, term.l0, phase.fit.gate."""
+    """Whether what lies at `path` is a slot's or a named table's: dual, term.l0."""
     slot = SLOTS.get(path[0])
-    if slot is None:
-        return len(path) > 2 and path[-1] in SLOTS
-    depth = 2 if slot.form == "named" else 1
-    return len(path) == depth or (len(path) > depth and path[-1] in SLOTS)
+    return slot is not None and len(path) == (2 if slot.form == "named" else 1)
 
 
 def _long(value: Any) -> Any:
