@@ -53,8 +53,9 @@ UNITS = {
     "record": Unit(layer=5, third_party=ENGINE),
     "plugins": Unit(layer=6, third_party=TENSORS | {"pluggy"}, must_not=names("parts record")),
     "testing": Unit(layer=7, third_party=ENGINE, lazy=names("pytest hypothesis"), also=names("__init__")),
-    "cli": Unit(layer=7, third_party=ENGINE | names("typer rich"), also=names("__init__")),
-    "__init__": Unit(layer=7, third_party=TENSORS),
+    "launch": Unit(layer=7, third_party=ENGINE),
+    "cli": Unit(layer=7, third_party=ENGINE | names("typer rich"), also=names("__init__ launch")),
+    "__init__": Unit(layer=7, third_party=TENSORS, also=names("launch")),
     "__main__": Unit(layer=7, third_party=frozenset(), also=names("cli __init__")),
 }
 # `@triton.jit` needs triton where a kernel is written. Such a module is itself lazy: imported inside functions only.

@@ -233,9 +233,7 @@ def harvest(
         int | None,
         typer.Option("--tokens", metavar="N", min=1, help="Activations to write; budget.tokens.", show_default=False),
     ] = None,
-    form: Annotated[
-        Literal["safetensors", "npy", "hdf5"], typer.Option("--format", help="Of the shards.")
-    ] = "safetensors",
+    form: Annotated[Literal["safetensors", "npy"], typer.Option("--format", help="Of the shards.")] = "safetensors",
     device: Device = "auto",
 ) -> None:
     """Write the activations of a recipe's source to shards with a manifest, for the source "activations"."""

@@ -8,7 +8,7 @@ MISSING = "-"
 
 
 def number(x: object, digits: int = 4) -> str:
-    """Whole and large numbers to the last unit, others to `digits` significant digits; "-" for what was not measured."""
+    """Whole and large numbers to the last unit, others to `digits` significant ones; "-" where nothing was measured."""
     if x is None:
         return MISSING
     if isinstance(x, bool):

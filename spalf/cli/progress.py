@@ -84,16 +84,18 @@ class Meter:
         return max(0.0, self.total - self.step) * self.batch / speed
 
     def headline(self) -> str:
-        """Phase, step, rate, ETA, L0, R2 on one line."""
+        """Phase, step, rate, ETA."""
         if not self.step:
             change = self.latest.get("change")
             tail = "" if change is None else f"  covariance change {number(change, 3)}"
             return f"[{self.phase}] {number(int(self.seen))} activations  {rate(self.rate())}{tail}"
         done = f"step {self.step}/{self.total} ({100 * self.step / max(1, self.total):.1f} %)"
-        return f"[{self.phase}] {done}  {rate(self.rate())}  ETA {clock(self.eta())}  {self.figures()}"
+        return f"[{self.phase}] {done}  {rate(self.rate())}  ETA {clock(self.eta())}"
 
     def figures(self) -> str:
-        """L0 and R2 of the latest logged step."""
+        """L0 and R2 of the latest logged step; "" in a phase that has none."""
+        if "l0" not in self.latest:
+            return ""
         raw, white = self.latest.get("r2_raw"), self.latest.get("r2_white")
         r2 = f"R2 {_three(raw)} raw {_three(white)} white" if white is not None else f"R2 {_three(raw)}"
         return f"L0 {number(self.latest.get('l0'), 3)}  {r2}"
@@ -106,7 +108,7 @@ class Meter:
     def line(self) -> str:
         """All of it, for a log."""
         parts = [f"{n} {signed(_violation(one))} x{number(one.get('lam'), 3)}" for n, one in self.constraints().items()]
-        return "  ".join([self.headline(), *parts])
+        return "  ".join(part for part in (self.headline(), self.figures(), *parts) if part)
 
 
 def _three(x: Any) -> str:
@@ -163,9 +165,10 @@ class Bars:
     def render(self) -> RenderableType:
         """What the terminal shows now."""
         meter = self._meter
-        bar = ProgressBar(total=max(1, meter.total), completed=meter.step, width=30, pulse=not meter.step)
+        bar = ProgressBar(total=max(1, meter.total), completed=meter.step, width=20, pulse=not meter.step)
         top = Table.grid(padding=(0, 1))
         top.add_row(bar, Text(meter.headline()))
+        top.add_row("", Text(meter.figures()))
         constraints = meter.constraints()
         if not constraints:
             return top

@@ -61,9 +61,9 @@ def value_text(d: Derived) -> str:
     """Bytes and FLOPs with a unit, whole numbers in full; a number that the run settles is "calibrated"."""
     if d.value is None:
         return "calibrated"
-    if "memory" in d.path or "bytes" in d.path:
+    if d.path.endswith("bytes"):
         return scaled(d.value, "B", 1024)
-    if "flops" in d.path.lower():
+    if d.path.startswith("flops."):
         return scaled(d.value, "FLOP")
     return number(d.value, 6)
 
@@ -104,11 +104,13 @@ def summary_parts(summary: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def results(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows of name, value, target."""
-    rows = [("L0", number(summary.get("l0")), number(summary.get("l0_target")))]
-    rows += [
-        ("R2, raw", number(summary.get("r2_raw")), number(summary.get("r2_target")) if "r2_target" in summary else ""),
-        ("R2, whitened", number(summary.get("r2_whitened")), ""),
+    """Rows of name, value, target; the target of R2 stands in the space that faithfulness is measured in."""
+    r2 = number(summary["r2_target"]) if "r2_target" in summary else ""
+    white = summary.get("r2_space") == "white"
+    return [
+        ("L0", number(summary.get("l0")), number(summary.get("l0_target"))),
+        ("R2, raw", number(summary.get("r2_raw")), "" if white else r2),
+        ("R2, whitened", number(summary.get("r2_whitened")), r2 if white else ""),
         ("cross-entropy, clean", number(summary.get("ce_clean")), ""),
         ("cross-entropy, patched", number(summary.get("ce_patched")), ""),
         ("cross-entropy, mean-ablated", number(summary.get("ce_mean_ablated")), ""),
@@ -116,7 +118,6 @@ def results(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("KL(clean, patched)", number(summary.get("kl")), ""),
         ("dead features", share(summary.get("dead_fraction")), ""),
     ]
-    return rows
 
 
 def wall_rows(wall: Any) -> list[tuple[str, str]]:

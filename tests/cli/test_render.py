@@ -56,7 +56,8 @@ class FakePlan:
     derived: tuple[Derived, ...] = (
         Derived(path="F", value=65536.0, formula="32 * d_model", origin="knobs.F = 0"),
         Derived(path="constraint.causal.budget", value=None, formula="(1 - r) KL [nats]", origin="phase.causal"),
-        Derived(path="memory.parameters", value=3.0 * 2**30, formula="4 (2 F D + F + D)", origin="knobs.F"),
+        Derived(path="memory.parameters.bytes", value=3.0 * 2**30, formula="4 (2 F D + F + D)", origin="knobs.F"),
+        Derived(path="dual.memory", value=200.0, formula="max(200, every) steps", origin="gain rule"),
         Derived(path="flops.training", value=2.5e15, formula="6 F D", origin="budget.tokens"),
     )
 
@@ -67,7 +68,8 @@ def test_a_plan_shows_every_number_with_formula_and_origin() -> None:
     assert "small: tiny[1], d_model 64, seed 3" in told
     assert "F 65 536 32 * d_model knobs.F = 0" in told
     assert "constraint.causal.budget calibrated (1 - r) KL [nats] phase.causal" in told
-    assert "memory.parameters 3 GiB 4 (2 F D + F + D) knobs.F" in told
+    assert "memory.parameters.bytes 3 GiB 4 (2 F D + F + D) knobs.F" in told
+    assert "dual.memory 200 max(200, every) steps gain rule" in told
     assert "flops.training 2.5 PFLOP 6 F D budget.tokens" in told
     assert "dual.adrc spalf 0.1.0" in told
     assert "idle (declared, used by no phase): stratum.anchored, term.l1" in told
@@ -80,6 +82,14 @@ def test_a_stretch_without_measurements_is_told_as_such() -> None:
     assert "cross-entropy, clean -" in told
     assert "total 1:35" in told
     assert not any(line.startswith("constraint") for line in told)
+
+
+@pytest.mark.parametrize(("space", "row"), [("raw", "R2, raw 0.9 0.97"), ("white", "R2, whitened 0.8 0.97")])
+def test_the_target_of_r2_stands_in_its_space(space: str, row: str) -> None:
+    summary = {"r2_raw": 0.9, "r2_whitened": 0.8, "r2_target": 0.97, "r2_space": space}
+    told = rows(*render.summary_parts(summary))
+    assert row in told
+    assert sum(line.endswith("0.97") for line in told) == 1
 
 
 def context(*tokens: str, peak: int = 0) -> Context:
