@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from spalf import hooks
+from spalf import launch as real
 from spalf.assembly.registry import Registry
 from spalf.cli import app
 from spalf.core.slots import dual, from_knob, whitener
@@ -135,11 +137,12 @@ def examples() -> list[FeatureExample]:
 
 @pytest.fixture
 def calls(launch: Any) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
-    """Every function of launch, recording its calls; what the recorder returns can be replaced by a test."""
+    """Every function of launch, recording its calls; a call that the real one would not take is a TypeError."""
     made: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
 
     def recording(name: str, give: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
+            inspect.signature(getattr(real, name)).bind(*args, **options)
             made.append((name, args, options))
             return give(*args, **options)
 
