@@ -54,13 +54,14 @@ class Adrc:
     `memory` and `delay` (dead time) are in steps. Options at 0 are settled from the filter by the gain rule:
       every = filter.every;  memory = max(200, every);  k = max(w, 1 - phi);
       w = 0.5 / (1 + (delay + lag) / every), lag = fast / (1 - fast).
+    The default dead time makes K_I per step nearly independent of the clock; 0 is for a primal that answers at once.
     """
 
     observer: float = field(default=0.0, validator=and_(ge(0.0), le(1.0)))
     bandwidth: float = field(default=0.0, validator=and_(ge(0.0), le(1.0)))
     gain: float = field(default=1.0, validator=gt(0.0))
     memory: float = field(default=0.0, validator=ge(0.0))
-    delay: float = field(default=0.0, validator=ge(0.0))
+    delay: float = field(default=100.0, validator=ge(0.0))
     every: int = field(default=0, validator=ge(0))
     limit: float = field(default=LIMIT, validator=gt(0.0))
 
@@ -176,8 +177,8 @@ class Pi:
     A proportional gain acts on the primal as a penalty does (arXiv 2509.22500): beside rho > 0 it counts twice.
     """
 
-    kp: float = field(default=1.5, validator=ge(0.0))
-    ki: float = field(default=1.0, validator=gt(0.0))
+    kp: float = field(default=0.5, validator=ge(0.0))
+    ki: float = field(default=0.5, validator=gt(0.0))
     limit: float = field(default=LIMIT, validator=gt(0.0))
 
     def init(self, m: int) -> LamState:
@@ -205,8 +206,8 @@ class NuPi:
     """
 
     nu: float = field(default=0.5, validator=and_(gt(-1.0), lt(1.0)))
-    kp: float = field(default=1.5, validator=ge(0.0))
-    ki: float = field(default=1.0, validator=gt(0.0))
+    kp: float = field(default=0.5, validator=ge(0.0))
+    ki: float = field(default=0.5, validator=gt(0.0))
     limit: float = field(default=LIMIT, validator=gt(0.0))
 
     def init(self, m: int) -> NuPiState:
