@@ -68,7 +68,7 @@ def restore(tree: Any, flat: Mapping[str, Leaf]) -> Any:
 
 
 def _below(flat: Mapping[str, Leaf], prefix: str) -> dict[str, Leaf]:
-    start = f"{prefix}."
+    start = f"{prefix}." if prefix else ""
     return {k.removeprefix(start): v for k, v in flat.items() if k.startswith(start)}
 
 
@@ -98,7 +98,7 @@ def _restore(tree: Any, flat: Mapping[str, Leaf], prefix: str, problems: list[st
         return _leaf(tree, flat, prefix, problems, used)
     if _holds_state(tree):
         mine = _below(flat, prefix)
-        used.update(f"{prefix}.{k}" for k in mine)
+        used.update(f"{prefix}.{k}" if prefix else k for k in mine)
         try:
             tree.load_state_dict(mine)
         except (KeyError, RuntimeError, ValueError) as e:
