@@ -48,11 +48,6 @@ def enter(
     )
 
 
-def leave(control: ControlState, leaving_M: Tensor) -> ControlState:
-    """Switch `leaving_M` off; everything they have learned stays where it is."""
-    return evolve(control, on_M=control.on_M & ~leaving_M)
-
-
 def step(
     filter: Filter[Any],
     dual: Dual[Any],
@@ -82,7 +77,11 @@ def step(
 
 
 def hand_over(control: ControlState, pairs: Collection[tuple[int, int]]) -> ControlState:
-    """For each (a, b): constraint b starts with a's multiplier, penalty and filtered history."""
+    """For each (a, b): constraint b takes over a's multiplier and penalty, each with its law's whole state.
+
+    To be called after `enter`, which starts the penalties of entering constraints anew; the filters stay, for they hold
+    b's own violations.
+    """
     m = control.on_M.shape[0]
     source = torch.arange(m, device=control.on_M.device)
     for a, b in pairs:
@@ -91,4 +90,4 @@ def hand_over(control: ControlState, pairs: Collection[tuple[int, int]]) -> Cont
     def moved(record: Any) -> Any:
         return tree.apply(lambda x: x[source] if x.ndim and x.shape[0] == m else x, record)
 
-    return evolve(control, filter=moved(control.filter), dual=moved(control.dual), penalty=moved(control.penalty))
+    return evolve(control, dual=moved(control.dual), penalty=moved(control.penalty))

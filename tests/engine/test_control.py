@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
 from torch import Tensor
 
 from spalf.core import tree
@@ -103,13 +104,21 @@ def test_off_rows_stay_bit_for_bit() -> None:
     assert bool((after.lam_M[mask_M] > 0).all())
 
 
-def test_leaving_freezes() -> None:
-    state = advance(entered(), 0, 10)
-    left = control.leave(state, torch.tensor([False, True, False]))
-    assert left.on_M.tolist() == [True, False, True]
-    after = advance(left, 10, 30)
-    assert torch.equal(after.lam_M[1], state.lam_M[1])
-    assert float(after.lam_M[0]) > float(state.lam_M[0])
+def test_a_constraint_that_ends_hands_over() -> None:
+    state = advance(entered(torch.tensor([True, True, False])), 0, 40, g=0.2)
+    late = torch.tensor([False, False, True])
+    new = control.enter(FILTER, PENALTY, evolve(state, on_M=~state.on_M), late, torch.ones(M), torch.full((M,), -3.0))
+    heir = control.hand_over(new, [(0, 2)])
+    for part in ("dual", "penalty"):
+        for name, leaf in tree.flatten(getattr(heir, part)).items():
+            before = tree.flatten(getattr(state, part))[name]
+            assert isinstance(leaf, Tensor)
+            assert isinstance(before, Tensor)
+            assert torch.equal(leaf, before[[0, 1, 0]]), name
+    assert float(heir.lam_M[2]) > 0
+    assert float(heir.rho_M[2]) != 1.0
+    assert same(heir.filter, new.filter)
+    assert heir.budget_M.tolist() == [2.0, 3.0, 1.0]
 
 
 SEEN: list[Signal] = []
