@@ -172,10 +172,10 @@ def test_there_are_recipes_to_compile() -> None:
 # ------------------------------------------------------------------------------------------------------ Python
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Block], ModuleType]:
-    """Run a block as the module that the text before it names last, `like_this.py`."""
+    """Run a block as the module that the line before it names, `like_this.py`."""
 
     def run(block: Block) -> ModuleType:
-        named = re.findall(r"`(\w+)\.py`", block.before)
+        named = re.findall(r"`(\w+)\.py`", block.before.rstrip().splitlines()[-1])
         module = ModuleType(named[-1] if named else "block")
         monkeypatch.setitem(sys.modules, module.__name__, module)
         exec(_code(block), module.__dict__)

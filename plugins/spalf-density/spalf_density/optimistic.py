@@ -22,11 +22,11 @@ class Optimistic:
     """lambda' = [lambda + rate (2 v - v_previous)]+, at most `limit`.
 
     Optimistic gradient ascent: PI control with both gains equal to `rate` (arXiv 2406.04558, nu = 0). v is the fast
-    filtered violation and v_previous its value one tick before. Where v falls by s per unit of lambda, it settles for
-    rate < 2 / (3 s), and fastest at 1 / (2 s).
+    filtered violation and v_previous its value one tick before. Where v answers at once and falls by s per unit of
+    lambda, it settles for rate < 2 / (3 s), and fastest at 1 / (2 s); a primal that lags wants less.
     """
 
-    rate: float = field(default=0.5, validator=gt(0.0))
+    rate: float = field(default=0.2, validator=gt(0.0))
     limit: float = field(default=1e3, validator=gt(0.0))
 
     def init(self, m: int) -> OptimisticState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "density.toml"
 def spalf(*arguments: str) -> str:
     """Standard output of one command line; fails with its standard error."""
     command = [sys.executable, "-m", "spalf", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=one_thread)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -25,7 +27,7 @@ def spalf(*arguments: str) -> str:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe, stopped on the way and resumed, so that the dual's state has been through a checkpoint."""
     out = tmp_path_factory.mktemp("runs")
-    spalf("run", str(RECIPE), "--out", str(out), "--device", "cpu", "--stop-at", "105", "--quiet")
+    spalf("run", str(RECIPE), "--out", str(out), "--device", "cpu", "--stop-at", "205", "--quiet")
     spalf("resume", str(out / "density"), "--device", "cpu", "--quiet")
     return out / "density"
 
@@ -40,17 +42,18 @@ def test_summary(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     density: dict[str, Any] = summary["constraints"]["density"]
     assert summary["outcome"] == "done"
-    assert summary["step"] == 200
-    assert 0.0 <= density["multiplier"] <= 1e3
-    assert density["violation"] >= -1.0
+    assert summary["step"] == 400
+    assert 0.0 < density["multiplier"] < 1e3, "the constraint does not bind: the recipe shows nothing"
+    assert density["filtered"] < 0.2
     assert isinstance(density["feasible"], bool)
 
 
-def test_multipliers_moved(run: Path) -> None:
+def test_the_multiplier_brings_dense_firing_down(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seen = [line["constraints"]["density"] for line in lines if line["phase"] == "fit"]
-    assert any(one["lam"] > 0 for one in seen), "the constraint never bound: the recipe shows nothing"
-    assert seen[-1]["fast"] < seen[0]["fast"], "dense firing did not fall"
+    worst = max(one["fast"] for one in seen)
+    assert worst > 0.2, "never violated"
+    assert seen[-1]["fast"] < 0.5 * worst
 
 
 def test_the_checkpoint_names_the_package(run: Path) -> None:
