@@ -19,7 +19,7 @@ from spalf.core.slots import source
 from spalf.core.values import Batch, Facts, Raw
 from spalf.errors import SourceError
 from spalf.parts.source.bare import Bare
-from spalf.parts.source.blocks import Blocks, derive_seed, generator
+from spalf.parts.source.blocks import HELD_OUT_ROWS, Blocks, derive_seed, generator
 from spalf.parts.source.shards import Manifest, Reader, read_manifest
 
 
@@ -30,7 +30,7 @@ class Activations:
     path: str
     """A directory with a manifest.json, as `spalf harvest` writes it."""
     shuffle: int = field(default=1 << 20, validator=gt(0))
-    """Activations per shuffled block."""
+    """Activations per shuffled block; all of them, where there are fewer."""
     held_out: float = field(default=0.05, validator=[gt(0.0), lt(1.0)])
     """Share of the rows, the last ones, kept from training where the directory has no held-out shards."""
     repeat: bool = True
@@ -38,7 +38,8 @@ class Activations:
 
     def facts(self) -> Facts:
         """From the manifest. Raises SourceError where it is missing or damaged."""
-        return evolve(self._manifest().facts, shuffle=self.shuffle)
+        manifest = self._manifest()
+        return evolve(manifest.facts, shuffle=min(self.shuffle, manifest.rows(False, self.held_out)))
 
     def open(self, seed: int, device: torch.device) -> Stream:
         """Checks every shard's presence, length and header. Raises SourceError."""
@@ -102,13 +103,15 @@ class ActivationsStream(Bare):
         device: torch.device,
         held_out: bool = False,
     ) -> None:
-        self.facts = facts
+        available = manifest.rows(held_out, options.held_out)
+        rows = min(options.shuffle, available, HELD_OUT_ROWS if held_out else available)
+        self.facts = evolve(facts, shuffle=rows)
         self._options, self._manifest = options, manifest
         self._seed, self._device = seed, device
         split_seed = derive_seed(seed, "held_out" if held_out else "training")
         self._blocks = Blocks(
             _Supply(manifest, held_out=held_out, share=options.held_out, repeat=options.repeat, seed=split_seed),
-            rows=options.shuffle,
+            rows=rows,
             d_model=facts.d_model,
             dtype=manifest.dtype,
             device=device,

@@ -42,6 +42,9 @@ def under(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{prefix}.{k}": v for k, v in state.items()}
 
 
+HELD_OUT_ROWS = 1 << 16  # a held-out stream's block at most: it is there to be measured on, beside the training one
+
+
 class Supply(Protocol):
     """Rows in an order that is fixed by options and seed, with a cursor of plain numbers and texts."""
 

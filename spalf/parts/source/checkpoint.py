@@ -90,7 +90,9 @@ def costs_of_config(config: Any) -> Costs:
     text = config.get_text_config()
     d = _first(text, "hidden_size")
     heads = _first(text, "num_attention_heads") or 1
-    kv_heads = _first(text, "num_key_value_heads") or heads
+    kv_heads = _first(text, "num_key_value_heads", "num_kv_heads") or heads
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        kv_heads = 1  # falcon and gpt_bigcode
     d_head = _first(text, "head_dim") or d // heads
     d_mlp = _first(text, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * d
     experts = _first(text, "num_experts_per_tok") or 1

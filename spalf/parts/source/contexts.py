@@ -17,7 +17,7 @@ from spalf.errors import SourceError
 from spalf.parts.source.documents import Document, Documents, Ids, Keep
 
 BATCH_DOCUMENTS = 64
-BATCH_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 18
 
 
 @frozen(kw_only=True, eq=False)

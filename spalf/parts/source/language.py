@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
 from spalf.core.values import Batch, Facts, Raw, Sequences
@@ -84,7 +85,8 @@ class LanguageStream:
     ) -> None:
         self._options, self._model, self._vocabulary = options, model, vocabulary
         self._seed, self._device, self._is_held_out = seed, device, held_out
-        self.facts = facts
+        rows = options.block_rows(held_out)
+        self.facts = evolve(facts, shuffle=rows)
         self._contexts = self._open("sequences", held_out)
         self._supply = _Supply(
             model,
@@ -95,7 +97,7 @@ class LanguageStream:
         )
         self._blocks = Blocks(
             self._supply,
-            rows=options.block_rows(),
+            rows=rows,
             d_model=facts.d_model,
             dtype=options.torch_dtype(),
             device=device,

@@ -12,6 +12,7 @@ from attrs.validators import ge, gt, in_, lt
 from spalf.core.values import Facts
 from spalf.errors import SourceError
 from spalf.parts.source import checkpoint
+from spalf.parts.source.blocks import HELD_OUT_ROWS
 from spalf.parts.source.contexts import Vocabulary
 from spalf.parts.source.documents import Documents, Keep, is_held_out, open_documents
 
@@ -64,10 +65,11 @@ class LanguageOptions:
     def torch_dtype(self) -> torch.dtype:
         return cast(torch.dtype, getattr(torch, self.dtype))
 
-    def block_rows(self) -> int:
-        """`shuffle` rounded down to whole contexts, and at least one."""
+    def block_rows(self, held_out: bool = False) -> int:
+        """`shuffle` rounded down to whole contexts, and at least one; at most 65,536 where held out."""
         per_context = self.context - self.skip_first
-        return max(1, self.shuffle // per_context) * per_context
+        rows = min(self.shuffle, HELD_OUT_ROWS) if held_out else self.shuffle
+        return max(1, rows // per_context) * per_context
 
     def one_in(self) -> int:
         """One document in this many is held out."""

@@ -178,6 +178,10 @@ class Manifest:
             first += n
         return tuple(found)
 
+    def rows(self, held_out: bool, share: float) -> int:
+        """How many rows a split has."""
+        return sum(span.stop - span.start for span in self.spans(held_out, share))
+
     def load_unembedding(self) -> dict[str, Tensor]:
         """`unembedding` [V, D] float32 and `token_counts` [V] int64."""
         try:

@@ -1,0 +1,385 @@
+"""The two language-model sources: the right activations on many architectures, stopped early, and honest facts."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve
+
+from spalf.core.values import Raw
+from spalf.errors import SourceError
+from spalf.parts.source import Huggingface, TransformerLens, checkpoint
+from spalf.parts.source.documents import is_held_out
+from spalf.parts.source.language import LanguageStream
+from spalf.testing.tiny_model import write_model, write_text, write_tokenizer
+
+CPU = torch.device("cpu")
+LAYERS = 3
+COMMON = {"vocab_size": 272, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+SIZES = {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, **COMMON}
+GATED = {**SIZES, "intermediate_size": 40, "num_key_value_heads": 1, "head_dim": 8}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt_neox": {**SIZES, "intermediate_size": 64},
+    "gpt2": {"n_embd": 16, "n_layer": LAYERS, "n_head": 2, "n_positions": 64, **COMMON},
+    "llama": {**GATED, "tie_word_embeddings": False},
+    "qwen2": {**GATED, "tie_word_embeddings": True},
+    "gemma2": GATED,
+    "gpt_neo": {
+        "hidden_size": 16,
+        "num_layers": LAYERS,
+        "num_heads": 2,
+        "max_position_embeddings": 64,
+        "attention_types": [[["global", "local", "global"], 1]],
+        **COMMON,
+    },
+    "bloom": {**SIZES, "n_head": 2, "n_layer": LAYERS},
+    "falcon": {**SIZES, "new_decoder_architecture": False, "multi_query": True},
+    "opt": {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 16, "max_position_embeddings": 64},
+}
+BRIDGED = ("gpt_neox", "gpt2", "llama", "qwen2")
+
+
+def build(family: str, directory: Path) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **CONFIGS[family]))
+    for parameter in model.parameters():  # default weights are so small that every block is nearly the identity
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(directory)
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(params=CONFIGS)
+def family(request: pytest.FixtureRequest, home: Path) -> str:
+    name: str = request.param
+    if not (home / name).exists():
+        build(name, home / name)
+    return name
+
+
+@pytest.fixture(scope="module")
+def text(home: Path) -> str:
+    return str(write_text(home / "text.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def neox(home: Path) -> str:
+    return str(write_model(home / "written", layers=3))
+
+
+def options(model: str | Path, text: str, **more: Any) -> dict[str, Any]:
+    small = {"context": 12, "sequences": 3, "shuffle": 50, "dtype": "float32", "held_out": 0.25}
+    return {"model": str(model), "text": text, **small, **more}
+
+
+def opened(source: Huggingface | TransformerLens, seed: int = 0) -> LanguageStream:
+    stream = source.open(seed, CPU)
+    assert isinstance(stream, LanguageStream)
+    return stream
+
+
+# -------------------------------------------------------------------------------------------------- the activations
+def test_the_hook_is_the_residual_stream_after_its_block(family: str, home: Path, text: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(home / family, dtype=torch.float32)
+    for layer in range(LAYERS - 1):  # the last entry of hidden_states is after the final norm
+        stream = opened(Huggingface(**options(home / family, text), layer=layer))
+        s = stream.sequences(2)
+        with torch.no_grad():
+            states = model(input_ids=s.tokens_ST, output_hidden_states=True, use_cache=False).hidden_states
+        assert torch.equal(stream.activations(s), states[layer + 1])
+        assert not torch.allclose(stream.activations(s), states[layer], atol=1e-3), "the block changes nothing"
+
+
+def test_after_the_last_block_the_final_norm_has_not_run(neox: str, text: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(neox, dtype=torch.float32)
+    stream = opened(Huggingface(**options(neox, text), layer=2))
+    s = stream.sequences(2)
+    with torch.no_grad():
+        normed = model(input_ids=s.tokens_ST, output_hidden_states=True).hidden_states[-1]
+        assert torch.allclose(model.gpt_neox.final_layer_norm(stream.activations(s)), normed, atol=1e-5)
+    assert not torch.allclose(stream.activations(s), normed, atol=1e-2)
+
+
+def test_patched_logits_equal_those_of_the_whole_model(family: str, home: Path, text: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(home / family, dtype=torch.float32)
+    stream = opened(Huggingface(**options(home / family, text), layer=1))
+    s = stream.sequences(2)
+    with torch.no_grad():
+        wanted = model(input_ids=s.tokens_ST).logits
+    assert torch.allclose(stream.logits(s), wanted, atol=1e-6)
+    assert torch.allclose(stream.logits(s, lambda x: x), wanted, atol=1e-6)
+    zeroed = stream.logits(s, lambda x: Raw(torch.zeros_like(x)))
+    assert torch.allclose(zeroed, zeroed[:1, :1].expand_as(zeroed), atol=1e-4) or family in {"gpt_neo", "opt"}
+    assert not torch.allclose(zeroed, wanted, atol=1e-2)
+
+
+def test_nothing_runs_behind_the_hook_and_the_model_is_left_clean(neox: str, text: str) -> None:
+    stream = opened(Huggingface(**options(neox, text), layer=1))
+    model: Any = stream._model
+    ran: list[int] = []
+    blocks = checkpoint.decoder_layers(model._model)
+    handles = [b.register_forward_pre_hook(lambda m, a, i=i: ran.append(i)) for i, b in enumerate(blocks)]
+    s = stream.sequences(1)
+    stream.activations(s)
+    assert ran == [0, 1]
+    stream.logits(s)
+    assert ran == [0, 1, 0, 1, 2]
+    for handle in handles:
+        handle.remove()
+    assert not any(b._forward_hooks for b in blocks), "a hook stays behind"
+    assert not any(p.requires_grad for p in model._model.parameters())
+
+
+def test_training_rows_leave_out_position_0(neox: str, text: str) -> None:
+    with_first = Huggingface(**options(neox, text, shuffle=12, skip_first=False), layer=0)
+    without = evolve(with_first, skip_first=True)
+    assert (with_first.facts().shuffle, without.facts().shuffle) == (12, 11), "blocks are whole contexts"
+    stream = opened(with_first)
+    context_ST = stream._supply._contexts.take(1)
+    x_TD = stream._model.activations(context_ST, None)[0]
+    assert torch.equal(_sorted(opened(with_first).next(12).x_BD), _sorted(x_TD))
+    assert torch.equal(_sorted(opened(without).next(11).x_BD), _sorted(x_TD[1:]))
+
+
+def _sorted(x_BD: torch.Tensor) -> torch.Tensor:
+    """Rows in the order of their first coordinate: a block without its shuffle."""
+    return x_BD[x_BD[:, 0].argsort()]
+
+
+def test_bfloat16_rows_come_out_in_float32_near_the_exact_ones(neox: str, text: str) -> None:
+    exact = opened(Huggingface(**options(neox, text), layer=1)).next(40).x_BD
+    coarse = opened(Huggingface(**options(neox, text, dtype="bfloat16"), layer=1)).next(40).x_BD
+    assert coarse.dtype == torch.float32
+    assert torch.equal(coarse, coarse.bfloat16().float())
+    assert float((coarse - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.parametrize("family", BRIDGED, indirect=True)
+def test_the_bridge_gives_what_the_plain_hook_gives(family: str, home: Path, text: str) -> None:
+    for layer in (0, LAYERS - 1):
+        plain = opened(Huggingface(**options(home / family, text), layer=layer))
+        bridge = opened(TransformerLens(**options(home / family, text), hook=f"blocks.{layer}.hook_resid_post"))
+        assert bridge.facts == plain.facts
+        assert torch.allclose(plain.next(70).x_BD, bridge.next(70).x_BD, atol=1e-5, rtol=1e-5)
+        s = plain.sequences(2)
+        assert torch.equal(s.tokens_ST, bridge.sequences(2).tokens_ST)
+        for patch in (None, lambda x: Raw(0.5 * x)):
+            assert torch.allclose(plain.logits(s, patch), bridge.logits(s, patch), atol=2e-5, rtol=1e-4)
+        assert torch.allclose(plain.unembedding(), bridge.unembedding(), atol=1e-6)
+        assert plain.state_dict() == bridge.state_dict()
+
+
+def test_other_hooks_of_the_bridge(neox: str, text: str) -> None:
+    plain = opened(Huggingface(**options(neox, text), layer=0))
+    s = plain.sequences(2)
+    before = opened(TransformerLens(**options(neox, text), hook="blocks.1.hook_resid_pre"))
+    assert torch.allclose(before.activations(s), plain.activations(s), atol=1e-5)
+    assert before.facts.flops_to_hook == 2 * plain.facts.flops_to_hook
+    heads = opened(TransformerLens(**options(neox, text), hook="blocks.1.attn.hook_z", d_model=16))
+    assert heads.activations(s).shape == (2, 12, 16)
+    assert torch.allclose(heads.logits(s, lambda x: x), plain.logits(s), atol=1e-5)
+    inner = opened(TransformerLens(**options(neox, text), hook="blocks.1.mlp.hook_post", d_model=64))
+    assert inner.next(5).x_BD.shape == (5, 64)
+    with pytest.raises(SourceError, match=r"width 16 .*has 64.*no feature here can be anchored"):
+        inner.unembedding()
+
+
+@pytest.mark.parametrize(
+    ("hook", "d_model", "message"),
+    [
+        ("blocks.3.hook_resid_post", 0, "has blocks 0 to 2"),
+        ("blocks.1.hook_nowhere", 16, r'no hook "blocks.1.hook_nowhere"'),
+        ("blocks.1.mlp.hook_post", 0, r"width at hook .* \(state source.d_model\)"),
+        ("blocks.1.mlp.hook_post", 48, "d_model = 48, but the model has 64"),
+        ("blocks.1.hook_resid_post", 48, "d_model = 48, but the model has 16"),
+    ],
+)
+def test_a_wrong_hook_is_refused_when_opened(neox: str, text: str, hook: str, d_model: int, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        TransformerLens(**options(neox, text), hook=hook, d_model=d_model).open(0, CPU)
+
+
+# --------------------------------------------------------------------------------------------------------- the facts
+def test_parameters_are_estimated_from_the_config(family: str, home: Path, text: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    facts = Huggingface(**options(home / family, text), layer=1).facts()
+    model = AutoModelForCausalLM.from_pretrained(home / family)
+    matrices = {id(p): p for n, p in model.named_parameters() if p.ndim == 2 and "position" not in n and "wpe" not in n}
+    assert facts.n_parameters == sum(p.numel() for p in matrices.values())
+    assert (facts.d_model, facts.n_vocab) == (16, 272)
+    # 2 FLOPs per parameter of a block, and causal attention: 2 * context * d
+    blocks = [p for n, p in model.named_parameters() if id(p) in matrices and p.shape[0] != 272]
+    per_block = sum(p.numel() for p in blocks) / LAYERS
+    assert facts.flops_to_hook == pytest.approx(2 * (2 * per_block + 2 * 12 * 16))
+    assert facts.flops_full == pytest.approx(3 * (2 * per_block + 2 * 12 * 16) + 2 * 272 * 16)
+
+
+def test_facts_read_the_config_and_no_weight(neox: str, text: str, tmp_path: Path) -> None:
+    shutil.copy(Path(neox) / "config.json", tmp_path / "config.json")
+    facts = Huggingface(**options(tmp_path, text), layer=1).facts()
+    assert facts == evolve(Huggingface(**options(neox, text), layer=1).facts(), model=str(tmp_path))
+    assert facts.hook == "blocks.1.hook_resid_post"
+    assert facts.bytes_per_activation == 4 * 16
+    with pytest.raises(SourceError, match="cannot be loaded"):
+        Huggingface(**options(tmp_path, text), layer=1).open(0, CPU)
+
+
+def test_stated_facts_do_without_a_config_and_without_a_network(text: str) -> None:
+    source = Huggingface(**options("nobody/nothing", text, d_model=32, n_vocab=100), layer=1)
+    facts = source.facts()
+    assert (facts.d_model, facts.n_vocab, facts.n_parameters, facts.flops_full) == (32, 100, 0, 0.0)
+    known = evolve(source, n_layers=4).facts()
+    assert known.n_parameters == 4 * 12 * 32 * 32 + 2 * 100 * 32
+    assert known.flops_to_hook == 2 * (2 * 12 * 32 * 32 + 2 * 12 * 32)
+    with pytest.raises(SourceError, match=r"blocks 0 to 3"):
+        evolve(source, n_layers=4, layer=4).facts()
+    with pytest.raises(SourceError, match=r"state source.d_model and source.n_vocab"):
+        evolve(source, d_model=0).facts()
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"d_model": 17}, "source.d_model = 17, but the model has 16"),
+        ({"n_vocab": 5}, "source.n_vocab = 5, but the model has 272"),
+        ({"n_layers": 9}, "source.n_layers = 9, but the model has 3"),
+        ({"layer": 3}, r"source.layer = 3, but model .* has blocks 0 to 2"),
+    ],
+)
+def test_stated_facts_that_contradict_the_config_are_refused(
+    neox: str, text: str, stated: dict[str, int], message: str
+) -> None:
+    source = Huggingface(**{**options(neox, text), "layer": 0, **stated})
+    with pytest.raises(SourceError, match=message):
+        source.open(0, CPU)
+
+
+def test_an_unreadable_config_is_named(text: str, tmp_path: Path) -> None:
+    for content in ("{", "{}"):
+        (tmp_path / "config.json").write_text(content, encoding="utf-8")
+        with pytest.raises(SourceError, match=r"no usable config.json"):
+            Huggingface(**options(tmp_path, text), layer=0).facts()
+
+
+def test_a_model_without_one_list_of_blocks_lists_what_was_found() -> None:
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.towers = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
+            self.config = type("C", (), {"get_text_config": lambda s: s, "num_hidden_layers": 4})()
+
+    with pytest.raises(SourceError, match=r"one list of 4 decoder blocks, found lists of modules: towers \(1\)"):
+        checkpoint.decoder_layers(Odd())
+
+
+# ----------------------------------------------------------------------------------------------------- text and splits
+@pytest.fixture
+def bare(neox: str, tmp_path: Path) -> Path:
+    """The model without its tokenizer's files."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(neox) / name, tmp_path / name)
+    return tmp_path
+
+
+def test_a_directory_without_a_tokenizer_is_not_read_with_an_empty_one(bare: Path, text: str) -> None:
+    with pytest.raises(SourceError, match="no tokenizer"):
+        Huggingface(**options(bare, text), layer=0).open(0, CPU).next(1)
+
+
+def test_token_files_need_no_tokenizer(bare: Path, tmp_path: Path) -> None:
+    ids = torch.randint(1, 272, (4000,), generator=torch.Generator().manual_seed(0)).numpy()
+    ids[::37] = 0
+    ids.astype("<u2").tofile(tmp_path / "text.u16")
+    stream = opened(Huggingface(**options(bare, str(tmp_path / "text.u16")), layer=0))
+    assert stream.next(30).x_BD.shape == (30, 16)
+    assert stream.text(torch.tensor([5, 271])) == ["<5>", "<271>"]
+    assert int(stream.token_counts()[0]) > 0
+
+
+def written(stream: LanguageStream, epoch: int = 0) -> set[bytes]:
+    """Keys of the documents that a stream reads in one epoch."""
+    contexts: Any = stream._supply._contexts
+    return {d.key for d in contexts._documents.read(epoch, 0, 0) if contexts._keep(d.key)}
+
+
+def test_held_out_documents_are_never_trained_on(neox: str, text: str) -> None:
+    stream = opened(Huggingface(**options(neox, text), layer=0))
+    training, held = written(stream), written(stream.held_out())
+    texts = {json.loads(line)["text"].encode() for line in Path(text).read_text(encoding="utf-8").splitlines()}
+    assert training & held == set()
+    assert training | held == texts
+    assert held == {t for t in texts if is_held_out(t, 4)}
+    for epoch in (1, 2):
+        assert written(stream, epoch) == training
+
+
+def test_held_out_may_come_from_elsewhere(neox: str, text: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "another document altogether"}\n', encoding="utf-8")
+    source = Huggingface(**options(neox, text, held_out_from=str(other)), layer=0)
+    stream = opened(source)
+    assert len(written(stream)) == 80, "training has all of its own"
+    assert written(stream.held_out()) == {b"another document altogether"}
+    with pytest.raises(SourceError, match="is the training text"):
+        evolve(source, held_out_from=text).open(0, CPU).held_out()
+
+
+def test_stdlib_splits_by_the_rule_of_the_embedded_model(neox: str) -> None:
+    stream = opened(Huggingface(**options(neox, "stdlib", held_out=0.05), layer=0))
+    training, held = written(stream), written(stream.held_out())
+    assert all(is_held_out(k, 20) for k in held)
+    assert not any(is_held_out(k, 20) for k in training)
+    assert b"json/decoder.py" in training | held
+    assert stream.next(20).x_BD.shape == (20, 16)
+
+
+def test_text_that_ends_says_so(neox: str, text: str) -> None:
+    stream = opened(Huggingface(**options(neox, text, repeat=False), layer=0))
+    with pytest.raises(SourceError, match="no more rows"):
+        stream.next(10**5)
+    with pytest.raises(SourceError, match=r"the text ended: \d+ of 9999 contexts"):
+        stream.sequences(9999)
+
+
+def test_sequences_and_words(neox: str, text: str) -> None:
+    stream = opened(Huggingface(**options(neox, text), layer=0))
+    s = stream.sequences(30)
+    joined = "".join(stream.text(s.tokens_ST.flatten()))
+    documents = joined.split("<|endoftext|>")
+    texts = [json.loads(line)["text"] for line in Path(text).read_text(encoding="utf-8").splitlines()]
+    assert documents[0] in texts, "the first document is read from its beginning, exactly"
+    assert any(t.startswith(documents[-1]) for t in texts)
+    assert stream.text(torch.tensor([0, 270])) == ["<|endoftext|>", "<270>"]
+    with_bos = opened(Huggingface(**options(neox, text, bos=True), layer=0)).sequences(4)
+    assert with_bos.tokens_ST[:, 0].tolist() == [0, 0, 0, 0]
+
+
+def test_token_counts_are_of_the_training_text(neox: str, text: str) -> None:
+    stream = opened(Huggingface(**options(neox, text), layer=0))
+    counts_V = stream.token_counts()
+    assert torch.equal(counts_V, stream.held_out().token_counts())
+    letters = b"".join(written(stream))
+    word = stream._vocabulary.tokenizer("e", add_special_tokens=False)["input_ids"][0]
+    # the last context, if it is not whole, is not counted
+    assert abs(int(counts_V[word]) - letters.count(b"e")) <= 12
+    assert abs(int(counts_V.sum()) - len(letters) - len(written(stream))) <= 12
+    assert np.isclose(float(counts_V[257:].sum()), 0.0)
