@@ -127,6 +127,20 @@ def test_the_sampler_is_unbiased_over_400_draws(space: str, stratum: str) -> Non
     assert error < 0.05 * wanted, "too noisy to tell"
 
 
+def test_rows_are_drawn_by_their_pairs() -> None:
+    """One row of ten parallel features among 63 rows of two orthogonal ones: 90 of 216 pairs have cosine 1."""
+    view = toy_view()
+    gate_BF = torch.zeros(64, 48)
+    gate_BF[0, :10] = 1
+    gate_BF[1:, 20:22] = 1
+    with torch.no_grad():
+        view.sae.W_dec_FD[:10] = torch.eye(12)[0]
+        view.sae.W_dec_FD[20:22] = torch.eye(12)[:2]
+    crafted = evolve(view, forward=evolve(view.forward, code=evolve(view.forward.code, gate_BK=gate_BF)))
+    value = number(Orthogonality(sample=20_000, space="white").value(crafted))
+    assert value == pytest.approx(90 / 216, abs=0.015)
+
+
 def test_orthogonality_at_random_directions_is_a_third_of_its_budget() -> None:
     """The budget is 3 / d, random directions have a mean squared cosine of 1 / d."""
     view = toy_view()
