@@ -11,7 +11,7 @@ from attrs.validators import ge, gt
 from torch import Tensor, nn
 
 from spalf.core.protocols import Activator
-from spalf.core.recipe import Plan
+from spalf.core.recipe import Derived, Plan
 from spalf.core.slots import activation
 
 # Interquartile range of a unit Gaussian: the spread of a whitened pre-activation before any calibration.
@@ -153,6 +153,12 @@ def _settled(options: Any, plan: Plan) -> Any:
     return evolve(options, occupancy=1.0 / plan.recipe.budget.batch) if options.occupancy == 0.0 else options
 
 
+def _derived(options: Any, plan: Plan) -> list[Derived]:
+    given = options.occupancy != 1.0 / plan.recipe.budget.batch
+    formula = "given" if given else "1 / budget.batch"
+    return [Derived(path="occupancy", value=options.occupancy, formula=formula, origin="activation")]
+
+
 @activation("jumprelu")
 class JumpReLU:
     """JumpReLU with a windowed pseudo-gradient at the threshold (2407.14435), tested on the pre-activation.
@@ -171,6 +177,10 @@ class JumpReLU:
         """Fills `occupancy` from the batch."""
         settled: JumpReLU = _settled(self, plan)
         return settled
+
+    def derive(self, plan: Plan) -> list[Derived]:
+        """The least occupancy's row for `spalf compile`."""
+        return _derived(self, plan)
 
     def build(self, width: int) -> Activator:
         return JumpReLUActivator(width, self)
@@ -196,6 +206,10 @@ class JumpReLUMoreau:
         """Fills `occupancy` from the batch."""
         settled: JumpReLUMoreau = _settled(self, plan)
         return settled
+
+    def derive(self, plan: Plan) -> list[Derived]:
+        """The least occupancy's row for `spalf compile`."""
+        return _derived(self, plan)
 
     def build(self, width: int) -> Activator:
         return JumpReLUActivator(width, self)

@@ -12,7 +12,9 @@ from torch import Tensor
 from spalf.core.built import Ops
 from spalf.core.values import Code, Machine, White
 from spalf.errors import RunError
+from spalf.kernels.reference import ReferenceOps
 from spalf.nn import StratifiedAutoencoder
+from spalf.parts.activation import JumpReLU
 from spalf.testing.primal import close, gradients
 
 Check = Callable[[], None]
@@ -26,10 +28,8 @@ def _integers(draw: torch.Generator, *shape: int) -> Tensor:
 
 def _exact(ops: Ops, rows: int, dim: int, width: int, threshold: float) -> tuple[StratifiedAutoencoder, White, Tensor]:
     """An autoencoder of small integers, its input, and a gradient at its output; thresholds between integers."""
-    from spalf.parts.activation import JumpReLU
-
     draw = torch.Generator().manual_seed(rows + dim + width)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     cut = width // 3
     strata = {"a": cut, "b": width - cut}
     sae = StratifiedAutoencoder(dim, strata, JumpReLU(bandwidth=2.0).build(width), Machine(device=device, ops=ops))
@@ -53,40 +53,43 @@ def _outcome(ops: Ops, shape: tuple[int, int, int], threshold: float, dense: boo
     yield from gradients(sae).items()
 
 
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _ops(component: Any) -> Ops | None:
+    """The backend on the device at hand; None where it cannot run there, and says what to do."""
+    try:
+        ops: Ops = component.ops(_device())
+        return ops
+    except RunError as error:
+        if "(" not in str(error):
+            raise AssertionError(f"no remedy in: {error}") from error
+        return None
+
+
+def _equals_the_oracle(ops: Ops | None, dense: bool) -> None:
+    if ops is None:
+        return
+    for shape in SHAPES:
+        # few entries, none, and all of them that are positive
+        for threshold in (3.5, 60.5, 0.5):
+            ours, oracle = _outcome(ops, shape, threshold, dense), _outcome(ReferenceOps(), shape, threshold, True)
+            for (name, a), (_, b) in zip(ours, oracle, strict=True):
+                close(a, b, f"{name} at rows, dim, features {shape}, threshold {threshold}", 1e-5)
+
+
 def checks(component: Any) -> list[Check]:
     """The checks of one kernel, on the device at hand; where it cannot run, that its error says why."""
-    from spalf.kernels.reference import ReferenceOps
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def ops_or_none() -> Ops | None:
-        try:
-            ops: Ops = component.ops(device)
-            return ops
-        except RunError as error:
-            if "(" not in str(error):
-                raise AssertionError(f"no remedy in: {error}") from error
-            return None
-
-    def equals_the_oracle(dense: bool) -> None:
-        ops = ops_or_none()
-        if ops is None:
-            return
-        for shape in SHAPES:
-            # few entries, none, and all of them that are positive
-            for threshold in (3.5, 60.5, 0.5):
-                ours, oracle = _outcome(ops, shape, threshold, dense), _outcome(ReferenceOps(), shape, threshold, True)
-                for (name, a), (_, b) in zip(ours, oracle, strict=True):
-                    close(a, b, f"{name} at rows, dim, features {shape}, threshold {threshold}", 1e-5)
 
     def encode_and_decode_equal_the_oracle() -> None:
-        equals_the_oracle(False)
+        _equals_the_oracle(_ops(component), dense=False)
 
     def a_dense_code_on_request_equals_the_oracle() -> None:
-        equals_the_oracle(True)
+        _equals_the_oracle(_ops(component), dense=True)
 
     def a_code_lists_all_that_matters() -> None:
-        ops = ops_or_none()
+        ops = _ops(component)
         if ops is None:
             return
         sae, white_BD, _ = _exact(ops, *SHAPES[2], 3.5)
@@ -100,20 +103,18 @@ def checks(component: Any) -> list[Check]:
         assert bool((listed_BF[matters_BF] == 1).all()), "an entry above reach is not listed"
 
     def coactivation_equals_the_oracle() -> None:
-        ops = ops_or_none()
+        ops = _ops(component)
         if ops is None:
             return
         for shape in SHAPES:
             outcomes = []
             for one in (ops, ReferenceOps()):
                 sae, white_BD, _ = _exact(one, *shape, 1.5)
-                sample_R = torch.arange(shape[0], device=device).repeat(2)[: shape[0] + 1]
+                sample_R = torch.arange(shape[0], device=white_BD.device).repeat(2)[: shape[0] + 1]
                 value = one.coactivation(sae.encode(white_BD), sae, sample_R, sae.rows["b"], lambda v: 2 * v)
                 value.backward()  # type: ignore[no-untyped-call]
-                outcomes.append((value, sae.W_dec_FD.grad))
+                outcomes.append((value, gradients(sae)["W_dec_FD"]))
             for a, b in zip(*outcomes, strict=True):
-                assert a is not None
-                assert b is not None
                 close(a, b, f"coactivation at {shape}", 1e-4)
 
     return [

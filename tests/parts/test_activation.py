@@ -161,3 +161,8 @@ def test_settling_asks_for_one_entry_per_batch(cls: type) -> None:
     plan = type("Plan", (), {"recipe": type("Recipe", (), {"budget": Budget(batch=512)})})
     assert cls().settle(plan).occupancy == 1 / 512
     assert cls(occupancy=0.25).settle(plan).occupancy == 0.25
+    rows = [cls(occupancy=given).settle(plan).derive(plan)[0] for given in (0.0, 0.25)]
+    assert [(row.path, row.value, row.formula) for row in rows] == [
+        ("occupancy", 1 / 512, "1 / budget.batch"),
+        ("occupancy", 0.25, "given"),
+    ]

@@ -8,15 +8,17 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
+from spalf.core.protocols import Constraint
+from spalf.core.recipe import Plan
 from spalf.core.values import Raw, Sequences, View, White
 from spalf.engine.language import kl, patch_after_first
-from spalf.errors import RunError
+from spalf.errors import RecipeError, RunError
 from spalf.parts.constraint import Causal, CausalBlend, Drift, Faithfulness, Orthogonality
 from spalf.parts.constraint.dictionary import _pairs_B
 from spalf.parts.kernel import TorchOps
 from spalf.testing import conform
 from spalf.testing.primal import checks
-from spalf.testing.toy import ToyStream, toy_view
+from spalf.testing.toy import FACTS, ToyStream, toy_view
 
 CLASSES = (Causal, CausalBlend, Drift, Faithfulness, Orthogonality)
 SPACES = pytest.mark.parametrize("space", ["raw", "white"])
@@ -42,6 +44,39 @@ def test_conforms_with_other_options(check) -> None:
 
 def number(value: Tensor) -> float:
     return float(value.detach())
+
+
+def plan(**rows: int) -> Plan:
+    """As much of a plan as a derived row reads."""
+    recipe = type("Recipe", (), {"constraint": {}, "phases": ()})
+    made: Plan = type("Plan", (), {"rows": rows, "facts": FACTS, "recipe": recipe})()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "formula"),
+    [
+        (Faithfulness(r2=0.75), None, "(1 - 0.75) * tr S"),
+        (Faithfulness(r2=0.75, space="white"), None, "(1 - 0.75) * sum l / (l + alpha)"),
+        (Drift(within=0.2), 0.04 * 16, "within^2 * anchored rows"),
+        (Orthogonality(slack=2.0), 2 * 3 / 12, "slack * 3 / d_model"),
+        (Causal(share=0.5), None, "0.5 * KL on entering"),
+        (Causal(recovered=0.9), None, "(1 - 0.9) * KL of mean ablation"),
+    ],
+)
+def test_derived_budgets(part: Constraint, value: float | None, formula: str) -> None:
+    """What `spalf compile` prints is what the run then measures."""
+    (row,) = part.derive(plan(anchored=16, free=32))  # type: ignore[attr-defined]
+    assert (row.path, row.formula) == ("budget", formula)
+    assert row.value == (None if value is None else pytest.approx(value))
+    if value is not None:
+        assert number(part.budget(toy_view())) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("part", [Drift(), Orthogonality(stratum="anchored")])
+def test_a_recipe_without_the_stratum_is_refused(part: Drift | Orthogonality) -> None:
+    with pytest.raises(RecipeError, match=r"anchored.*name one of free"):
+        part.derive(plan(free=48))
 
 
 # ---------------------------------------------------------------------------------------------------- faithfulness

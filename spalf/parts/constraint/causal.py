@@ -10,9 +10,11 @@ from attrs import field
 from attrs.validators import ge, gt, in_, lt
 from torch import Tensor
 
+from spalf.core.recipe import Derived, Plan
 from spalf.core.slots import constraint, from_knob
 from spalf.core.values import Raw, Sequences, View, White
 from spalf.engine.language import mean_kl, patch_after_first
+from spalf.parts.constraint.derived import measured
 from spalf.parts.constraint.reconstruction import squared_error
 
 
@@ -68,6 +70,11 @@ class Causal:
 
     def value(self, view: View) -> Tensor:
         return _kl(view, view.stream.sequences(self.sequences), view.reconstruct)
+
+    def derive(self, plan: Plan) -> list[Derived]:
+        """The budget's row for `spalf compile`."""
+        absolute = f"(1 - {self.recovered:g}) * KL of mean ablation"
+        return measured(self, plan, absolute if self.recovered else f"{self.share:g} * KL on entering")
 
 
 @constraint("causal_blend")

@@ -10,12 +10,20 @@ from attrs.validators import gt, in_
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from spalf.core.recipe import Derived, Plan
 from spalf.core.slots import constraint
 from spalf.core.values import Code, View
-from spalf.errors import RunError
+from spalf.errors import Problem, RecipeError, RunError
 
 # Random unit vectors have mean squared cosine 1/d; co-active features of one context are allowed this multiple.
 _RANDOM_LEVELS = 3.0
+
+
+def _known(stratum: str, plan: Plan) -> None:
+    """Raises RecipeError where the recipe has no such stratum."""
+    if stratum not in plan.rows:
+        hint = f"name one of {', '.join(plan.rows)}, or take the constraint out of the phases"
+        raise RecipeError([Problem("stratum", f'"{stratum}" is not among the strata', hint)])
 
 
 @constraint("drift")
@@ -42,6 +50,12 @@ class Drift:
         """Raises RunError where the stratum has no anchors."""
         start_AD = self._start(view)
         return (view.sae.W_dec_FD[view.sae.rows[self.stratum]] - start_AD).square().sum()
+
+    def derive(self, plan: Plan) -> list[Derived]:
+        """The budget's row for `spalf compile`. Raises RecipeError where the recipe has no such stratum."""
+        _known(self.stratum, plan)
+        value = self.within**2 * plan.rows[self.stratum]
+        return [Derived(path="budget", value=value, formula="within^2 * anchored rows", origin="within")]
 
     @torch.no_grad()
     def _start(self, view: View) -> Tensor:
@@ -95,6 +109,13 @@ class Orthogonality:
         sample_R = torch.multinomial(weight_B, self.sample, replacement=True, generator=view.draw)
         direction = view.metric.raw_direction if self.space == "raw" else lambda v: v
         return view.sae.machine.ops.coactivation(code, view.sae, sample_R, rows, direction)
+
+    def derive(self, plan: Plan) -> list[Derived]:
+        """The budget's row for `spalf compile`. Raises RecipeError where the recipe has no such stratum."""
+        if self.stratum:
+            _known(self.stratum, plan)
+        value = self.slack * _RANDOM_LEVELS / plan.facts.d_model
+        return [Derived(path="budget", value=value, formula="slack * 3 / d_model", origin="slack")]
 
     def _rows(self, view: View) -> slice:
         if not self.stratum:

@@ -8,8 +8,10 @@ from attrs import field
 from attrs.validators import gt, in_, lt
 from torch import Tensor
 
+from spalf.core.recipe import Derived, Plan
 from spalf.core.slots import constraint, from_knob
 from spalf.core.values import View, White
+from spalf.parts.constraint.derived import measured
 
 
 def squared_error(view: View, space: str) -> Tensor:
@@ -38,3 +40,8 @@ class Faithfulness:
 
     def value(self, view: View) -> Tensor:
         return squared_error(view, self.space)
+
+    def derive(self, plan: Plan) -> list[Derived]:
+        """The budget's row for `spalf compile`."""
+        variance = {"raw": "tr S", "white": "sum l / (l + alpha)"}[self.space]
+        return measured(self, plan, f"(1 - {self.r2:g}) * {variance}")
