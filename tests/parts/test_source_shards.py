@@ -56,8 +56,12 @@ def test_epochs_and_seeds_take_the_shards_in_other_orders(out: Path) -> None:
     first, second = one.next(450).x_BD, one.next(450).x_BD
     assert rows_of(first) == rows_of(second)
     assert not torch.equal(first, second)
-    blocks = [Activations(path=str(out), shuffle=90).open(seed, CPU).next(90).x_BD for seed in range(4)]
-    assert len({frozenset(rows_of(b)) for b in blocks}) > 1, "every seed begins with the same shard"
+    by_shard = Activations(path=str(out), shuffle=90)
+    seeds = {frozenset(rows_of(by_shard.open(seed, CPU).next(90).x_BD)) for seed in range(4)}
+    assert len(seeds) > 1, "every seed begins with the same shard"
+    stream = by_shard.open(0, CPU)
+    epochs = {frozenset(rows_of(stream.next(450).x_BD[:90])) for _ in range(4)}
+    assert len(epochs) > 1, "every epoch begins with the same shard"
 
 
 def test_without_held_out_shards_the_last_rows_are_held_out(tmp_path: Path) -> None:

@@ -90,6 +90,12 @@ def test_rows_are_the_codes_times_the_true_directions_plus_a_constant(condition:
         assert float(rest_BD[0].norm()) == pytest.approx(2.0, rel=1e-4)
 
 
+def test_mixing_acts_on_the_whole_row() -> None:
+    plain, mixed = Synthetic(d_model=16, bias=2.0), Synthetic(d_model=16, bias=2.0, condition=30.0)
+    x_BD, mixed_BD = (options.open(0, CPU).next(200).x_BD for options in (plain, mixed))
+    assert torch.allclose(mixed_BD, x_BD @ mixing(mixed), atol=1e-4)
+
+
 def test_mixing_is_symmetric_positive_with_the_stated_condition_number() -> None:
     mix_DD = mixing(Synthetic(d_model=24, condition=50.0)).double()
     assert torch.allclose(mix_DD, mix_DD.T, atol=1e-6)

@@ -81,8 +81,6 @@ class StandardLibrary:
         order = torch.randperm(len(files), generator=generator("files", self.seed, epoch)).tolist()
         for place in range(part, len(files)):
             relative = files[order[place]]
-            if place == part and index > 0:
-                continue
             try:
                 text = (self.root / relative).read_bytes().decode()
             except UnicodeDecodeError:
