@@ -84,6 +84,7 @@ class Huggingface(LanguageOptions):
     """
 
     layer: int = field(validator=ge(0))
+    """Decoder block, counted from 0; the hook is behind it."""
 
     def facts(self) -> Facts:
         """From config.json, or from d_model, n_vocab and n_layers as stated. Raises SourceError with a remedy."""

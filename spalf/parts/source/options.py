@@ -32,13 +32,17 @@ class LanguageOptions:
     model: str
     """Hub name, local directory, or "embedded": the small model of Python source that spalf carries."""
     revision: str = "main"
+    """Branch, tag or commit of a hub model."""
     text: str = ""
     """Paths, globs or directories of text, jsonl, parquet or token files, with commas between; or "stdlib"."""
     dataset: str = ""
     """Hub name of a dataset, streamed; either this or `text`."""
     config: str = ""
+    """The dataset's configuration, where it has several."""
     split: str = "train"
+    """The dataset's split."""
     column: str = "text"
+    """Where rows of a dataset, of jsonl or of parquet hold their text."""
     held_out: float = field(default=0.05, validator=[gt(0.0), lt(1.0)])
     """Share of documents kept from training, one in round(1 / held_out), chosen by a hash of the document."""
     held_out_from: str = ""
@@ -58,9 +62,11 @@ class LanguageOptions:
     dtype: str = field(default="bfloat16", validator=in_(("bfloat16", "float16", "float32")))
     """Of the model and of the shuffled block; batches are float32."""
     d_model: int = field(default=0, validator=ge(0))
-    """Stated facts, for compiling without the model's config; checked against it when there is one. 0: not stated."""
+    """Stated width, for compiling without the model's config; checked against it when there is one. 0: not stated."""
     n_vocab: int = field(default=0, validator=ge(0))
+    """Stated vocabulary, likewise."""
     n_layers: int = field(default=0, validator=ge(0))
+    """Stated number of blocks, likewise; without it costs are unknown."""
 
     def torch_dtype(self) -> torch.dtype:
         return cast(torch.dtype, getattr(torch, self.dtype))

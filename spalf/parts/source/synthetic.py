@@ -30,7 +30,9 @@ class Synthetic:
     """Sparse sums of planted directions. Rows are independent draws, so there is no block to shuffle."""
 
     d_model: int = field(default=64, validator=gt(0))
+    """Width of a row."""
     features: int = field(default=256, validator=gt(0))
+    """Planted directions."""
     world: int = 0
     """Seed of the planted dictionary; the run's seed draws the rows."""
     decorrelate: int = field(default=200, validator=ge(0))
@@ -38,7 +40,9 @@ class Synthetic:
     zipf: float = field(default=0.5, validator=gt(0.0))
     """Firing rate p_r of rank r falls as r ** -zipf, rescaled to run from `most` to `least`."""
     most: float = field(default=0.4, validator=and_(gt(0.0), lt(1.0)))
+    """Firing rate of the most frequent feature."""
     least: float = field(default=5e-4, validator=and_(gt(0.0), lt(1.0)))
+    """Firing rate of the rarest."""
     rank: int = field(default=8, validator=ge(0))
     """Rank of the firing correlation; 0: features fire independently."""
     correlation: float = field(default=0.3, validator=and_(ge(0.0), lt(1.0)))
@@ -46,12 +50,15 @@ class Synthetic:
     trees: int = field(default=0, validator=ge(0))
     """Roots of the hierarchy; a child fires only with its parent, siblings exclude each other. 0: no hierarchy."""
     branching: int = field(default=4, validator=gt(0))
+    """Children of a parent."""
     depth: int = field(default=3, validator=gt(1))
     """Levels of a tree, the roots counted."""
     strongest: float = field(default=5.0, validator=gt(0.0))
     """Mean magnitude m of the most frequent feature; it falls linearly to `weakest`."""
     weakest: float = field(default=4.0, validator=gt(0.0))
+    """Mean magnitude of the rarest feature."""
     spread: float = field(default=0.5, validator=ge(0.0))
+    """Standard deviation s of a magnitude, before it is rectified."""
     bias: float = field(default=0.5, validator=ge(0.0))
     """Norm of a constant vector."""
     condition: float = field(default=1.0, validator=ge(1.0))
