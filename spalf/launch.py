@@ -23,7 +23,6 @@ from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
 from spalf.engine import checkpoint
 from spalf.engine import evaluate as measuring
-from spalf.engine import export as exporting
 from spalf.engine.build import build
 from spalf.engine.examples import FeatureExample, examples
 from spalf.engine.run import Run
@@ -147,6 +146,8 @@ def evaluate(
 
 def export(path: str | Path, out: str | Path, *, dtype: str = "float32") -> Path:
     """Write the dictionary with the whitening folded in: it takes and gives raw activations."""
+    from spalf.engine import export as exporting
+
     loaded = load(path, device="cpu")
     return exporting.export(loaded.plan, loaded.state, Path(out), dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from spalf.core.state import Learner
@@ -154,9 +155,18 @@ class Ops(Protocol):
         ...
 
     def coactivation(
-        self, code: Code, sae: Autoencoder, sample_R: Tensor, rows: slice, direction: Callable[[White], Tensor]
+        self,
+        code: Code,
+        sae: Autoencoder,
+        sample_R: Tensor,
+        rows: slice,
+        direction: Callable[[White], Tensor],
+        draw: torch.Generator,
     ) -> Tensor:
-        """Mean over the sampled rows of the mean squared cosine between co-active features of `rows`; never F x F."""
+        """Mean over the sampled rows of the mean squared cosine between co-active features of `rows`; never F x F.
+
+        `draw` thins a row that has more active features than a Gram matrix is worth: a uniform subset, without bias.
+        """
         ...
 
     def update(self, learner: Learner) -> bool:

@@ -106,7 +106,7 @@ def constraints(plan: Plan, state: TrainingState, batches: int = 8) -> dict[str,
     """
     control = state.control
     active = [n for i, n in enumerate(plan.constraints) if bool(control.on_M[i])]
-    total = {n: 0.0 for n in active}
+    total = dict.fromkeys(active, 0.0)
     with untouched(state):
         for _ in range(batches):
             batch = state.stream.next(plan.recipe.budget.batch)

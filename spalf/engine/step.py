@@ -14,7 +14,6 @@ from spalf.core.values import Batch, Forward, Raw, Reading, Signal, View, Violat
 from spalf.engine import control
 from spalf.errors import DeadConstraintError
 
-
 DEAD_AFTER = 10_000_000
 
 

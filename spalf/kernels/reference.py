@@ -17,6 +17,10 @@ from spalf.core.state import Learner
 from spalf.core.values import Code, White
 
 
+GRAM = 256
+"""Most active features of a row that its Gram matrix holds."""
+
+
 class _ReducedMatmul(torch.autograd.Function):
     """a @ b and both gradients with bfloat16 operands and float32 results: thresholds are tested on accumulators."""
 
@@ -81,8 +85,27 @@ def active(code: Code, sample_R: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     return row_N, index_RK[row_N, entry_N]
 
 
+def thinned(row_N: Tensor, feature_N: Tensor, rows: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """At most GRAM entries of each row, a uniform subset: any of a row's pairs is as likely to stay as any other.
+
+    Early in training a sampled row can hold thousands of active features, and its Gram matrix grows with their square.
+    """
+    if row_N.numel() == 0 or int(torch.bincount(row_N, minlength=rows).max()) <= GRAM:
+        return row_N, feature_N
+    order_N = torch.rand(row_N.shape, generator=draw, device=row_N.device).argsort()
+    order_N = order_N[row_N[order_N].argsort(stable=True)]
+    place_N, _ = positions(row_N[order_N], rows)
+    kept_N = order_N[place_N < GRAM]
+    return row_N[kept_N], feature_N[kept_N]
+
+
 def coactivation(
-    code: Code, sae: Autoencoder, sample_R: Tensor, rows: slice, direction: Callable[[White], Tensor]
+    code: Code,
+    sae: Autoencoder,
+    sample_R: Tensor,
+    rows: slice,
+    direction: Callable[[White], Tensor],
+    draw: torch.Generator,
 ) -> Tensor:
     """Mean over sampled rows of the mean squared cosine between co-active features of `rows`, scalar in [0, 1].
 
@@ -90,7 +113,7 @@ def coactivation(
     value is 0 where no row has one. The gradient reaches W_dec alone.
     """
     rows = slice(*rows.indices(sae.width))
-    row_N, feature_N = active(code, sample_R, rows)
+    row_N, feature_N = thinned(*active(code, sample_R, rows), sample_R.shape[0], draw)
     place_N, k_R = positions(row_N, sample_R.shape[0])
     distinct_U, which_N = torch.unique(feature_N, return_inverse=True)
     unit_UD = torch.nn.functional.normalize(direction(White(sae.W_dec_FD[distinct_U])), dim=-1)
@@ -117,9 +140,15 @@ class ReferenceOps:
         return decode(code, sae)
 
     def coactivation(
-        self, code: Code, sae: Autoencoder, sample_R: Tensor, rows: slice, direction: Callable[[White], Tensor]
+        self,
+        code: Code,
+        sae: Autoencoder,
+        sample_R: Tensor,
+        rows: slice,
+        direction: Callable[[White], Tensor],
+        draw: torch.Generator,
     ) -> Tensor:
-        return coactivation(code, sae, sample_R, rows, direction)
+        return coactivation(code, sae, sample_R, rows, direction, draw)
 
     def update(self, learner: Learner) -> bool:
         return False

@@ -49,9 +49,15 @@ class TorchOps:
         return compact.decode(code, sae)
 
     def coactivation(
-        self, code: Code, sae: Autoencoder, sample_R: Tensor, rows: slice, direction: Callable[[White], Tensor]
+        self,
+        code: Code,
+        sae: Autoencoder,
+        sample_R: Tensor,
+        rows: slice,
+        direction: Callable[[White], Tensor],
+        draw: torch.Generator,
     ) -> Tensor:
-        return reference.coactivation(code, sae, sample_R, rows, direction)
+        return reference.coactivation(code, sae, sample_R, rows, direction, draw)
 
     def update(self, learner: Learner) -> bool:
         return False

@@ -87,7 +87,7 @@ class Calibrate:
         state.measured["calibrate.tokens"] = float(m.n)
         state.measured["calibrate.change"] = float(own.convergence.change)
         state.measured["calibrate.converged"] = float(verdict == "converged")
-        state.measured["gain"] = float(state.sae.log_gain.exp())
+        state.measured["gain"] = float(state.sae.log_gain.detach().exp())
         state.phase = evolve(own, finished=True)
 
 

@@ -110,8 +110,9 @@ def checks(component: Any) -> list[Check]:
             outcomes = []
             for one in (ops, ReferenceOps()):
                 sae, white_BD, _ = _exact(one, *shape, 1.5)
+                draw = torch.Generator(white_BD.device)
                 sample_R = torch.arange(shape[0], device=white_BD.device).repeat(2)[: shape[0] + 1]
-                value = one.coactivation(sae.encode(white_BD), sae, sample_R, sae.rows["b"], lambda v: 2 * v)
+                value = one.coactivation(sae.encode(white_BD), sae, sample_R, sae.rows["b"], lambda v: 2 * v, draw)
                 value.backward()  # type: ignore[no-untyped-call]
                 outcomes.append((value, gradients(sae)["W_dec_FD"]))
             for a, b in zip(*outcomes, strict=True):

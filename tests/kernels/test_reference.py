@@ -74,7 +74,7 @@ def test_coactivation_against_every_pair(
 ) -> None:
     built, dense = sae(), code()
     sample_R = torch.tensor([*range(B), 7, 7, 0])
-    ours = reference.coactivation(form(dense), built, sample_R, rows, direction)
+    ours = reference.coactivation(form(dense), built, sample_R, rows, direction, torch.Generator())
     (gradient,) = torch.autograd.grad(ours, built.W_dec_FD)
     sums, counts = by_pairs(dense.gate_BK[sample_R], direction(White(built.W_dec_FD)), rows)
     means = [s / n for s, n in zip(sums, counts, strict=True) if n]
@@ -88,7 +88,7 @@ def test_coactivation_gradient_is_the_derived_one() -> None:
     """dJ_b / dM_b = 4 (M M' - I) M / (k (k - 1)), chained through the normalisation of the rows."""
     built, dense = sae(), code()
     sample_R = torch.tensor([20])
-    value = reference.coactivation(dense, built, sample_R, ALL, same)
+    value = reference.coactivation(dense, built, sample_R, ALL, same, torch.Generator())
     value.backward()
     on = dense.gate_BK[20].nonzero()[:, 0]
     w_KD = built.W_dec_FD.detach()[on]
@@ -104,7 +104,7 @@ def test_coactivation_gradient_is_the_derived_one() -> None:
 @pytest.mark.parametrize("form", [lambda c: c, listed])
 def test_rows_without_a_pair_give_zero_and_keep_a_graph(form: Callable[[Code], Code]) -> None:
     built = sae()
-    value = reference.coactivation(form(code()), built, torch.arange(6), ALL, same)
+    value = reference.coactivation(form(code()), built, torch.arange(6), ALL, same, torch.Generator())
     value.backward()
     assert float(value.detach()) == 0.0
     assert built.W_dec_FD.grad is not None
@@ -133,3 +133,20 @@ def test_reduced_products_keep_float32_results() -> None:
         assert ours is not None
         assert ours.dtype == torch.float32
         assert torch.allclose(ours.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_thinning_is_uniform_and_keeps_short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pair of a long row stays equally often, so the mean over pairs is not biased."""
+    monkeypatch.setattr(reference, "GRAM", 3)
+    row_N = torch.tensor([0] * 6 + [1] * 2 + [3] * 3)
+    feature_N = torch.arange(11)
+    draw = torch.Generator().manual_seed(0)
+    together = torch.zeros(6, 6)
+    for _ in range(4000):
+        rows, features = reference.thinned(row_N, feature_N, 4, draw)
+        assert rows.tolist() == [0, 0, 0, 1, 1, 3, 3, 3]
+        assert sorted(features[3:].tolist()) == [6, 7, 8, 9, 10]
+        kept = features[:3]
+        together[kept[:, None], kept] += 1
+    share = together[~torch.eye(6, dtype=torch.bool)] / 4000
+    assert torch.allclose(share, torch.full_like(share, 3 * 2 / (6 * 5)), atol=0.03)

@@ -17,6 +17,7 @@ from spalf.errors import SourceError
 from spalf.parts.source.blocks import Blocks, below, derive_seed, under
 from spalf.parts.source.contexts import Contexts, Vocabulary
 from spalf.parts.source.options import LanguageOptions
+from spalf.parts.source.pool import Pool
 
 COUNTED_TOKENS = 1 << 20
 
@@ -87,7 +88,7 @@ class LanguageStream:
         self._seed, self._device, self._is_held_out = seed, device, held_out
         rows = options.block_rows(held_out)
         self.facts = evolve(facts, shuffle=rows)
-        self._contexts = self._open("sequences", held_out)
+        self._contexts = Pool(self._open("sequences", held_out), seed=derive_seed(seed, "sequences", held_out))
         self._supply = _Supply(
             model,
             self._open("rows", held_out),

@@ -1,0 +1,61 @@
+"""Whole contexts in shuffled pools, so that a few of them are a sample of the text and not one document.
+
+The cursor law is that of `blocks.py`: (pool, offset, the contexts' own cursor where the pool began). Only tokens are
+read ahead; no model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spalf.parts.source.blocks import below, generator, under
+from spalf.parts.source.contexts import Contexts
+
+POOL = 1024
+"""Contexts per pool."""
+
+
+class Pool:
+    """Contexts [S, T] in an order that is a function of (seed, pool number) within each pool."""
+
+    def __init__(self, contexts: Contexts, *, seed: int, size: int = POOL) -> None:
+        self._contexts, self._seed, self._size = contexts, seed, size
+        self._pool, self._offset = 0, 0
+        self._start = contexts.state_dict()
+        self._tokens_ST: Tensor | None = None
+
+    def take(self, n: int) -> Tensor:
+        """The next `n` contexts, fewer only where the text ends."""
+        pieces: list[Tensor] = []
+        missing = n
+        while missing > 0:
+            if self._tokens_ST is None:
+                tokens_ST = self._contexts.take(self._size)
+                draw = generator("pool", self._seed, self._pool)
+                self._tokens_ST = tokens_ST[torch.randperm(len(tokens_ST), generator=draw)]
+            taken_ST = self._tokens_ST[self._offset : self._offset + missing]
+            pieces.append(taken_ST)
+            missing -= len(taken_ST)
+            self._offset += len(taken_ST)
+            if self._offset == len(self._tokens_ST):
+                ended = len(self._tokens_ST) == 0
+                self._pool, self._offset, self._tokens_ST = self._pool + 1, 0, None
+                self._start = self._contexts.state_dict()
+                if ended:
+                    break
+        return torch.cat(pieces)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Pool, offset in it, and the contexts' cursor at its start: flat, numbers and texts."""
+        return {"pool": self._pool, "offset": self._offset, **under("start", self._start)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a cursor; the pool is read again when a context of it is asked for."""
+        start = below("start", state)
+        self._contexts.load_state_dict(start)
+        self._pool, self._offset = int(state["pool"]), int(state["offset"])
+        self._start, self._tokens_ST = start, None
