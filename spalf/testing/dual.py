@@ -38,13 +38,14 @@ def _must_fail(check: Check) -> Check:
     return inverted
 
 
-def against_static_plant(dual: Any, ticks: int, noise_TM: Tensor, limit: float = torch.inf) -> Tensor:
-    """Multipliers [T, M] when each violation answers at once, v = 1 - lam + noise, clipped to +-limit."""
+def against_static_plant(dual: Any, ticks: int, noise_TM: Tensor, clipped: bool = False) -> Tensor:
+    """Multipliers [T, M] when each violation answers at once, v = 1 - lam + noise; `clipped`: every second to +-.15."""
     m = noise_TM.shape[1]
+    limit_M = torch.tensor([torch.inf, 0.15 if clipped else torch.inf]).repeat(m // 2)
     state, before_M = dual.init(m), torch.ones(m)
     out = []
     for t in range(ticks):
-        v_M = (1.0 - state.lam_M + noise_TM[t % len(noise_TM)]).clamp(-limit, limit)
+        v_M = (1.0 - state.lam_M + noise_TM[t % len(noise_TM)]).clamp(-limit_M, limit_M)
         state = dual.step(state, signal(v_M, previous=before_M))
         before_M = v_M
         out.append(state.lam_M)
@@ -110,10 +111,9 @@ def _algebra(dual: Any) -> list[Check]:
 def _robust(dual: Any) -> list[Check]:
     def finite_under_noise() -> None:
         # 64 constraints for 4000 ticks are 2.5 x 10^5 steps of one, in a fraction of their time.
-        for limit in (torch.inf, 0.15):
-            lam_TM = against_static_plant(dual, 4000, drawn(0, 997, 64, spread=0.1), limit)
-            assert bool(lam_TM.isfinite().all())
-            assert bool((lam_TM >= 0).all())
+        lam_TM = against_static_plant(dual, 4000, drawn(0, 997, 64, spread=0.1), clipped=True)
+        assert bool(lam_TM.isfinite().all())
+        assert bool((lam_TM >= 0).all())
 
     def finite_under_delay() -> None:
         problems = Bank.of(bank())

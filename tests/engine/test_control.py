@@ -134,6 +134,25 @@ class Spy:
         return state
 
 
+@dual("restless")
+class Restless:
+    """Moves every multiplier, on or off: masking is the engine's work, not an author's."""
+
+    def init(self, m: int) -> LamState:
+        return LamState(lam_M=torch.zeros(m))
+
+    def step(self, state: LamState, signal: Signal) -> LamState:
+        return LamState(lam_M=state.lam_M + 1)
+
+
+def test_a_law_that_ignores_the_mask_is_masked() -> None:
+    state = control.init(FILTER, Restless(), PENALTY, M)
+    state = control.enter(FILTER, PENALTY, state, torch.tensor([True, False, True]), torch.ones(M), torch.ones(M))
+    for t in range(10):
+        state, _ = control.step(FILTER, Restless(), PENALTY, state, torch.ones(M), Clock(step=t, total=100))
+    assert state.lam_M.tolist() == [2.0, 0.0, 2.0]
+
+
 def test_the_law_sees_the_penalties_in_force() -> None:
     SEEN.clear()
     penalty = Constant(rho=0.25)
