@@ -114,20 +114,13 @@ class Constrained:
         device = state.device
         on_M = torch.tensor([n in self.constraints for n in names], dtype=torch.bool, device=device)
         entering_M = on_M & ~state.control.on_M
-        if self.handover:
-            state.control = control.hand_over(
-                state.control, [(names.index(a), names.index(b)) for a, b in self.handover.items()]
-            )
         state.control = evolve(state.control, on_M=on_M)
-        if not bool(entering_M.any()):
-            return
-        entering = [n for i, n in enumerate(names) if bool(entering_M[i])]
-        budget_M, g_M = self._first_look(plan, state, entering)
-        state.control = control.enter(plan.recipe.filter, plan.recipe.penalty, state.control, entering_M, budget_M, g_M)
-        for i, name in enumerate(names):
-            if name in entering:
-                state.measured[f"{name}.budget"] = float(budget_M[i])
-                state.measured[f"{name}.entered_at"] = float(g_M[i])
+        if bool(entering_M.any()):
+            self._switch_on(plan, state, entering_M)
+        if self.handover:
+            # After entering, which would calibrate an inherited penalty anew.
+            pairs = [(names.index(a), names.index(b)) for a, b in self.handover.items()]
+            state.control = control.hand_over(state.control, pairs)
 
     def step(self, plan: Plan, state: TrainingState) -> Reading:
         reading, signal = primal_dual_step(plan, state, self.terms, self.constraints, self.hold)
@@ -136,6 +129,17 @@ class Constrained:
 
     def done(self, plan: Plan, state: TrainingState) -> bool:
         return state.clock.exhausted or self.gate.open(state.phase, state.clock)
+
+    def _switch_on(self, plan: Plan, state: TrainingState, entering_M: Tensor) -> None:
+        """Measure budgets and first violations of the entering constraints."""
+        names = plan.constraints
+        entering = [n for i, n in enumerate(names) if bool(entering_M[i])]
+        budget_M, g_M = self._first_look(plan, state, entering)
+        state.control = control.enter(plan.recipe.filter, plan.recipe.penalty, state.control, entering_M, budget_M, g_M)
+        for i, name in enumerate(names):
+            if name in entering:
+                state.measured[f"{name}.budget"] = float(budget_M[i])
+                state.measured[f"{name}.entered_at"] = float(g_M[i])
 
     @torch.no_grad()
     def _first_look(self, plan: Plan, state: TrainingState, entering: list[str]) -> tuple[Tensor, Tensor]:

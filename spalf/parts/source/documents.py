@@ -55,16 +55,18 @@ def is_held_out(key: bytes, one_in: int) -> bool:
 # --------------------------------------------------------------------------------------------- the standard library
 FOREIGN = frozenset({"site-packages", "dist-packages", "__pycache__"})
 SUITES = frozenset({"test", "tests", "idle_test"})
+GENERATED = frozenset({"encodings", "pydoc_data"})
 
 
 def is_stdlib_file(relative: str) -> bool:
     """Whether `relative` ("json/decoder.py") is plain library source, the same on every machine.
 
-    Left out are installed packages, test suites, and what a build writes (`_sysconfigdata*`, `config-*`).
+    Left out are installed packages, test suites, what a build writes (`_sysconfigdata*`, `config-*`), and two folders
+    that scripts generate: character tables and a manual's prose are a sixth of the text and none of it Python to learn.
     """
     parts = PurePosixPath(relative).parts
     built = parts[-1].startswith("_sysconfigdata") or any(p.startswith("config-") for p in parts[:-1])
-    return not built and FOREIGN.isdisjoint(parts) and SUITES.isdisjoint(parts)
+    return not built and (FOREIGN | SUITES | GENERATED).isdisjoint(parts)
 
 
 @frozen(kw_only=True)
