@@ -9,7 +9,7 @@ import pytest
 from spalf import plugins
 from spalf.assembly import toml, walk
 from spalf.assembly.compile import compile
-from spalf.assembly.convert import table_of
+from spalf.assembly.convert import Converter
 from spalf.assembly.registry import Registry
 from spalf.core.recipe import Plan
 
@@ -63,7 +63,7 @@ def test_a_recipe_compiles(path: Path, registry: Registry) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
 def test_a_filled_recipe_is_the_same_recipe(path: Path, registry: Registry) -> None:
     plan = compile(toml.read(path), registry)
-    filled = toml.parse(toml.write(table_of(plan.recipe, registry)), "filled")
+    filled = toml.parse(toml.write(Converter(registry).unstructure(plan.recipe)), "filled")
     again = compile(filled, registry)
     assert again.recipe == plan.recipe
     assert attrs.evolve(again, derived=()) == attrs.evolve(plan, derived=())

@@ -17,7 +17,7 @@ import cattrs
 from spalf.assembly.hints import plain, shown, suggest
 from spalf.assembly.options import complaint, option_types, options, slot_of
 from spalf.assembly.registry import Registry
-from spalf.core.slots import ComponentRef, Slot
+from spalf.core.slots import ComponentRef
 from spalf.errors import ComponentError, Problem, RecipeError
 
 T = TypeVar("T")
@@ -53,13 +53,7 @@ class Converter:
         except RecipeError as e:
             raise RecipeError(_below(path, e)) from None
         except cattrs.StructureHandlerNotFoundError as e:
-            raise ComponentError(
-                f"{path or kind.__name__}: an option of type {e.type_} cannot be written in TOML"
-            ) from e
-
-    def component(self, value: Any, slot: Slot, path: str) -> Any:
-        """One component by its table or its name."""
-        return self.structure(value, slot.protocol, path)
+            raise ComponentError(f"{path or kind}: an option of type {e.type_} cannot be written in TOML") from e
 
     def unstructure(self, value: Any) -> Any:
         """The table of a record or a component, with every default written; an option that is None is left out."""
@@ -236,9 +230,3 @@ def _below(name: str, error: RecipeError) -> list[Problem]:
 
 def _problem(message: str, hint: str = "", path: str = "") -> RecipeError:
     return RecipeError([Problem(path, message, hint)])
-
-
-def table_of(record: Any, registry: Registry) -> dict[str, Any]:
-    """The complete table of a recipe, a record or a component; structuring it gives an equal one."""
-    table: dict[str, Any] = Converter(registry).unstructure(record)
-    return table

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from spalf.assembly import toml, walk
 from spalf.assembly.compile import compile
-from spalf.assembly.convert import table_of
+from spalf.assembly.convert import Converter
 from spalf.assembly.registry import Registry
 from spalf.core.recipe import Derived, Plan
 from spalf.core.slots import constraint, source, stratum, term
@@ -236,7 +236,7 @@ def test_origins_name_the_distributions() -> None:
 
 def test_a_filled_recipe_compiles_to_the_same_plan() -> None:
     plan = plan_of()
-    text = toml.write(table_of(plan.recipe, REGISTRY))
+    text = toml.write(Converter(REGISTRY).unstructure(plan.recipe))
     again = compile(toml.parse(text, "filled"), REGISTRY)
     assert again.recipe == plan.recipe
     assert again.rows == plan.rows

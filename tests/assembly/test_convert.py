@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spalf.assembly import fill
-from spalf.assembly.convert import Converter, table_of
+from spalf.assembly.convert import Converter
 from spalf.assembly.registry import Registry
 from spalf.core.protocols import Filter, Gate, Phase, Term
 from spalf.core.recipe import Knobs
@@ -165,7 +165,7 @@ def test_slots_inside_a_component() -> None:
     table = {"use": "stretch", "gate": {"use": "patient", "patience": 3}, "spare": "shut"}
     made = CONVERTER.structure(table, Phase)
     assert made == Stretch(gate=Patient(patience=3), spare=Shut())
-    assert table_of(made, REGISTRY)["gate"] == {"use": "patient", "patience": 3, "latest": 0.97}
+    assert CONVERTER.unstructure(made)["gate"] == {"use": "patient", "patience": 3, "latest": 0.97}
 
 
 def test_use_defaults_to_the_name_of_a_named_table() -> None:
@@ -174,12 +174,12 @@ def test_use_defaults_to_the_name_of_a_named_table() -> None:
 
 
 def test_every_default_is_written_and_none_is_left_out() -> None:
-    table = table_of(All(), REGISTRY)
+    table = CONVERTER.unstructure(All())
     assert table["use"] == "all"
     assert table["many"] == [1.0]
     assert table["inner"] == {"a": 1, "b": "b"}
     assert "maybe" not in table
-    assert table_of(All(maybe=1.0, names=frozenset("ba")), REGISTRY)["names"] == ["a", "b"]
+    assert CONVERTER.unstructure(All(maybe=1.0, names=frozenset("ba")))["names"] == ["a", "b"]
 
 
 def test_an_int_is_a_float_and_stays_an_int_where_both_are_allowed() -> None:
@@ -296,6 +296,22 @@ def test_an_unreadable_option_type_is_the_components_fault() -> None:
         Converter(Registry([(Odd, "a 1")])).structure("odd", Term)
 
 
+def test_an_option_that_toml_cannot_hold_is_the_components_fault() -> None:
+    @term("imaginary")
+    class Imaginary:
+        """Its option has no TOML."""
+
+        partial: ClassVar[bool] = False
+        dense: ClassVar[bool] = False
+        x: complex = 0j
+
+        def value(self, view):
+            return None
+
+    with pytest.raises(ComponentError, match=r"term\.i: an option of type .*complex.* cannot be written in TOML"):
+        Converter(Registry([(Imaginary, "a 1")])).structure({"use": "imaginary", "x": 1}, Term, "term.i")
+
+
 # ------------------------------------------------------------------------------------------------- the knobs
 KNOBS = Knobs(F=100, L0_target=7, R2_target=0.5, lr=1.0)
 
@@ -355,7 +371,7 @@ ALLS = st.builds(
 
 @given(ALLS)
 def test_unstructured_and_structured_again_is_the_same(component: All) -> None:
-    assert CONVERTER.structure(table_of(component, REGISTRY), Term) == component
+    assert CONVERTER.structure(CONVERTER.unstructure(component), Term) == component
 
 
 JUNK = st.recursive(
@@ -388,7 +404,7 @@ def test_junk_raises_nothing_but_a_recipe_error(junk: Any, kind: Any) -> None:
     assert found is None or (found and all(found))
 
 
-@given(st.dictionaries(st.sampled_from([a for a in table_of(All(), REGISTRY) if a != "use"]), JUNK, max_size=6))
+@given(st.dictionaries(st.sampled_from([a for a in CONVERTER.unstructure(All()) if a != "use"]), JUNK, max_size=6))
 def test_junk_in_options_raises_nothing_but_a_recipe_error(options: dict[str, Any]) -> None:
     try:
         made = CONVERTER.structure({"use": "all", **options}, Term)
@@ -396,5 +412,5 @@ def test_junk_in_options_raises_nothing_but_a_recipe_error(options: dict[str, An
         blamed = {p.path.split(".")[0].split("[")[0] for p in e.problems}
     else:
         blamed = set()
-        assert CONVERTER.structure(table_of(made, REGISTRY), Term) == made
+        assert CONVERTER.structure(CONVERTER.unstructure(made), Term) == made
     assert blamed <= options.keys()
