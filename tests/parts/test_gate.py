@@ -37,15 +37,23 @@ def opens_at(gate: Any, violation: Any, on: list[bool] | None = None) -> int | N
 
 
 def test_feasible_from_the_start_waits_for_the_clock() -> None:
-    assert opens_at(Feasible(), lambda t: [-1.0, -1.0]) == 950
+    assert opens_at(Feasible(leave=0), lambda t: [-1.0, -1.0]) == 950
 
 
 def test_never_feasible_opens_at_the_fallback() -> None:
-    assert opens_at(Feasible(), lambda t: [-1.0, 1.0]) == 970
+    assert opens_at(Feasible(leave=0), lambda t: [-1.0, 1.0]) == 970
+
+
+def test_a_short_run_leaves_steps_for_the_phase_that_follows() -> None:
+    assert opens_at(Feasible(), lambda t: [-1.0, 1.0]) == 900
+    assert opens_at(Feasible(leave=50), lambda t: [-1.0, 1.0]) == 950
+    long = Clock(step=95_999, total=100_000)
+    assert not Feasible().open(Feasible().init(), long)
+    assert Feasible().open(Feasible().init(), Clock(step=97_000, total=100_000))
 
 
 def test_patience_counts_consecutive_steps_of_all_constraints() -> None:
-    gate = Feasible(patience=100, earliest=0.5, latest=1.0)
+    gate = Feasible(patience=100, earliest=0.5, latest=1.0, leave=0)
     assert opens_at(gate, lambda t: [-1.0, -1.0 if t >= 600 else 1.0]) == 699
     assert opens_at(gate, lambda t: [-1.0, 1.0 if t % 100 == 0 else -1.0]) == TOTAL
     assert opens_at(gate, lambda t: [-1.0, 0.0]) == TOTAL
