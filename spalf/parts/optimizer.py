@@ -29,8 +29,16 @@ def warmup_steps(total: int) -> int:
 
 
 def schedule(clock: Clock, warmup: int, decay: float, final: float) -> float:
-    """Linear from 0 over `warmup` steps, then 1, then linear to `final` over the last share `decay` of the budget."""
-    rise = min(1.0, (clock.step + 1) / (warmup or warmup_steps(clock.total)))
+    """Linear from 0 over `warmup` steps, then 1, then linear to `final` over the last share `decay` of the budget.
+
+    A later phase rises again, over `warmup` steps or 0.3 of what is left: a new constraint brings gradients that Adam's
+    second moments have not seen, and its first steps would be several times the rate (measured: an end-to-end phase
+    entered at full rate doubled the very KL that it was to lower).
+    """
+    length = warmup or warmup_steps(clock.total)
+    if clock.entered:
+        length = max(1, min(length, int(0.3 * (clock.total - clock.entered))))
+    rise = min(1.0, (clock.step - clock.entered + 1) / length)
     left = 1.0 - clock.progress
     fall = 1.0 if left >= decay else final + (1.0 - final) * left / decay
     return rise * fall

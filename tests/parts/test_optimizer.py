@@ -70,6 +70,13 @@ def test_schedule(step: int, wanted: float) -> None:
         assert component.scale(Clock(step=step, total=1000)) == pytest.approx(wanted)
 
 
+def test_a_later_phase_warms_up_again() -> None:
+    adam = Adam(lr=1.0, warmup=100, decay=0.0)
+    rates = [adam.scale(Clock(step=s, total=1000, entered=900)) for s in (900, 914, 929, 930, 999)]
+    assert rates == pytest.approx([1 / 30, 0.5, 1.0, 1.0, 1.0])
+    assert adam.scale(Clock(step=549, total=1000, entered=500)) == pytest.approx(0.5)
+
+
 @given(
     warmup=st.integers(0, 500),
     decay=st.floats(0, 1),
