@@ -39,10 +39,10 @@ class HookedModel(Protocol):
 
 
 class _Supply:
-    """Rows of consecutive contexts, in reading order, by passes of `sequences` contexts."""
+    """Rows of contexts, in the pool's order, by passes of `sequences` contexts."""
 
     def __init__(
-        self, model: HookedModel, contexts: Contexts, *, skip: int, sequences: int, device: torch.device
+        self, model: HookedModel, contexts: Pool, *, skip: int, sequences: int, device: torch.device
     ) -> None:
         self._model, self._contexts = model, contexts
         self._skip, self._sequences, self._device = skip, sequences, device
@@ -88,10 +88,10 @@ class LanguageStream:
         self._seed, self._device, self._is_held_out = seed, device, held_out
         rows = options.block_rows(held_out)
         self.facts = evolve(facts, shuffle=rows)
-        self._contexts = Pool(self._open("sequences", held_out), seed=derive_seed(seed, "sequences", held_out))
+        self._contexts = self._pool("sequences", held_out)
         self._supply = _Supply(
             model,
-            self._open("rows", held_out),
+            self._pool("rows", held_out),
             skip=int(options.skip_first),
             sequences=options.sequences,
             device=device,
@@ -105,6 +105,10 @@ class LanguageStream:
             seed=derive_seed(seed, "held_out" if held_out else "training"),
         )
         self._counts_V: Tensor | None = None
+
+    def _pool(self, purpose: str, held_out: bool) -> Pool:
+        seed = derive_seed(self._seed, purpose, held_out)
+        return Pool(self._open(purpose, held_out), seed=seed, size=self._options.pool)
 
     def _open(self, purpose: str, held_out: bool, repeat: bool | None = None) -> Contexts:
         options = self._options

@@ -53,6 +53,8 @@ class LanguageOptions:
     """Tokens per sequence."""
     sequences: int = field(default=256, validator=gt(0))
     """Sequences per model pass."""
+    pool: int = field(default=1024, validator=gt(0))
+    """Contexts read ahead and shuffled before the model sees them; more where documents are few and long."""
     shuffle: int = field(default=1 << 20, validator=gt(0))
     """Activations per shuffled block, rounded down to whole contexts."""
     bos: bool = False

@@ -15,18 +15,19 @@ from torch import Tensor
 from spalf.parts.source.blocks import below, generator, under
 from spalf.parts.source.contexts import Contexts
 
-POOL = 1024
-"""Contexts per pool."""
-
-
 class Pool:
     """Contexts [S, T] in an order that is a function of (seed, pool number) within each pool."""
 
-    def __init__(self, contexts: Contexts, *, seed: int, size: int = POOL) -> None:
+    def __init__(self, contexts: Contexts, *, seed: int, size: int) -> None:
         self._contexts, self._seed, self._size = contexts, seed, size
         self._pool, self._offset = 0, 0
         self._start = contexts.state_dict()
         self._tokens_ST: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of a context."""
+        return self._contexts.length
 
     def take(self, n: int) -> Tensor:
         """The next `n` contexts, fewer only where the text ends."""
