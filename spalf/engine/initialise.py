@@ -30,10 +30,10 @@ def initialise(plan: Plan, state: TrainingState, white_BD: White) -> None:
         anchor = recipe.stratum[name].anchor(state.stream, n)
         if anchor is not None:
             state.anchors[name] = anchor
-        start_FD = recipe.stratum[name].start(n, state.metric, anchor, draw)
-        sae.W_dec_FD.data[rows] = start_FD
-        sae.W_enc_FD.data[rows] = start_FD
+        sae.W_dec_FD.data[rows] = recipe.stratum[name].start(n, state.metric, anchor, draw)
     state.learner.project_()
+    # After the projection, which may move a row by a rounding: tied to the last bit.
+    sae.W_enc_FD.data.copy_(sae.W_dec_FD.data)
     density = start_density(plan)
     for begin in range(0, sae.width, CHUNK):
         rows = slice(begin, min(begin + CHUNK, sae.width))

@@ -181,8 +181,8 @@ class GroundTruth:
 
     MCC is the mean absolute cosine, in model space, under the best one-to-one assignment (Hungarian) of planted
     directions to decoder rows. F1 treats the assigned latent as a detector of its feature on `rows` held-out rows;
-    features that fire in none of them are left out. Uniqueness is the share of planted features whose nearest latent
-    no other feature claims.
+    features that fire in none of them are left out. Uniqueness is the number of distinct nearest latents per planted
+    feature: 1 where no two features share one.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"truth"})
@@ -201,7 +201,7 @@ class GroundTruth:
             scores = self._f1(state, latent_of)
         return {
             "mcc": float(cosine_NF[feature, latent].mean()),
-            "uniqueness": float(len(nearest_N.unique())) / len(nearest_N),
+            "uniqueness": len(set(nearest_N.tolist())) / len(nearest_N),
             **scores,
         }
 

@@ -70,7 +70,8 @@ class Calibrate:
             Derived(
                 path="calibrate.tokens",
                 value=None,
-                formula=f"until the covariance changes by < {self.tolerance:g}, at least 10 d_model, at most {self.samples:,}",
+                formula=f"until the covariance changes by < {self.tolerance:g}, at least 10 d_model, "
+                f"at most {self.samples:,}",
                 origin="phase.calibrate",
             )
         ]

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from spalf.core.slots import SLOTS, label
 from spalf.core.values import Signal
+from spalf.testing.whole import toy_plan
 
-__all__ = ["KNOBS", "Check", "conform", "example", "signal"]
+__all__ = ["KNOBS", "Check", "conform", "example", "signal", "toy_plan"]
 
 Check = Callable[[], None]
 """A named check (it has `__name__`, which pytest shows): returns, or raises AssertionError."""
