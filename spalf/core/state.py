@@ -56,13 +56,13 @@ class Learner:
     rates: tuple[float, ...]
     """Each parameter group's learning rate before scaling."""
 
-    def descend(self, loss: Tensor, clock: Clock) -> None:
-        """Backward, projection of the gradient, the optimizer's step, projection of the rows."""
+    def descend(self, loss: Tensor, clock: Clock, rate: float = 1.0) -> None:
+        """Backward, projection of the gradient, the optimizer's step at `rate` of its schedule, projection of the rows."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        factor = self.rule.scale(clock)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
+        factor = rate * self.rule.scale(clock)
+        for group, peak in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = peak * factor
         if self.sae.machine.ops.update(self):
             return
         weight_FD, grad_FD = self.sae.W_dec_FD, self.sae.W_dec_FD.grad

@@ -124,8 +124,9 @@ def primal_dual_step(
     terms: Sequence[str],
     constraints: Sequence[str],
     hold: Collection[str] = (),
+    rate: float = 1.0,
 ) -> tuple[Reading, Signal]:
-    """Take one batch, one optimizer step and one control step; advances the clock.
+    """Take one batch, one optimizer step (at `rate` of its schedule) and one control step; advances the clock.
 
     Raises DeadConstraintError at the first step of a phase. No host synchronisation happens here.
     """
@@ -137,7 +138,7 @@ def primal_dual_step(
         refuse_dead(measures, constraints)
     objective = measures.objective()
     loss = recipe.lagrangian(objective, measures.violations, state.control)
-    state.learner.descend(loss, state.clock)
+    state.learner.descend(loss, state.clock, rate)
     g_M = measures.violations.g_M.detach()
     state.control, signal = control.step(
         recipe.filter, recipe.dual, recipe.penalty, state.control, g_M, state.clock, hold
@@ -162,7 +163,7 @@ def _reading(
             numbers[f"r2_{space}"] = 1 - e_BD.square().sum(-1).mean() / state.metric.variance(space)
         numbers["gain"] = state.sae.log_gain.detach().exp()
         numbers["dead"] = (state.silent_F > dead_window(plan)).float().mean()
-        numbers["lr"] = torch.tensor(plan.knobs.lr * plan.recipe.optimizer.scale(state.clock))
+        numbers["lr"] = torch.tensor(float(state.learner.optimizer.param_groups[0]["lr"]))
     per = {"g": signal.g_M, "fast": signal.fast_M, "lam": state.control.lam_M, "rho": state.control.rho_M}
     per["on"] = state.control.on_M
     return Reading(

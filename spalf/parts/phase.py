@@ -98,7 +98,8 @@ class Constrained:
 
     `hold` names what stays frozen of "dual" and "penalty". `handover` maps a constraint that ends to one that takes
     over its multiplier and penalty. Constraints that are already on keep their budgets and multipliers; entering ones
-    measure a budget on one batch.
+    measure a budget on one batch. `rate` scales the optimizer's schedule: a constraint measured on a few sequences has
+    gradients of much noise, which Adam at full rate turns into error.
     """
 
     terms: tuple[str, ...] = ("l0",)
@@ -106,6 +107,7 @@ class Constrained:
     gate: Gate[Any]
     hold: tuple[str, ...] = ()
     handover: Mapping[str, str] = field(factory=dict)
+    rate: float = field(default=1.0, validator=gt(0.0))
 
     def init(self, plan: Plan) -> Any:
         return self.gate.init()
@@ -124,7 +126,7 @@ class Constrained:
             state.control = control.hand_over(state.control, pairs)
 
     def step(self, plan: Plan, state: TrainingState) -> Reading:
-        reading, signal = primal_dual_step(plan, state, self.terms, self.constraints, self.hold)
+        reading, signal = primal_dual_step(plan, state, self.terms, self.constraints, self.hold, self.rate)
         state.phase = self.gate.step(state.phase, signal, state.clock)
         return reading
 
