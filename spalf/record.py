@@ -68,8 +68,6 @@ class Recorder:
         self.plan = plan
         self._order = {name: i for i, name in enumerate(plan.recipe.phases)}
         self._fresh = True
-        self._last_step = -1
-        self._still = 0
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / "recipe.toml", recipe_text)
         write_json(directory / "plan.json", plan)
@@ -84,7 +82,8 @@ class Recorder:
 
     @hookimpl
     def spalf_stepped(self, run: Any, reading: Reading) -> None:
-        if not self._due(reading, entered=run.state.clock.entered):
+        # Calibration takes steps that the clock does not count; the run counts all, over a resume too.
+        if run.readings % self.plan.recipe.record.log_every:
             return
         line = plain(reading.scalars())
         if self._fresh:
@@ -92,15 +91,6 @@ class Recorder:
             self._fresh = False
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
-
-    def _due(self, reading: Reading, entered: int) -> bool:
-        """A phase that takes no training steps (calibration) is counted by its readings."""
-        every = self.plan.recipe.record.log_every
-        self._still = self._still + 1 if reading.step == self._last_step else 0
-        self._last_step = reading.step
-        if reading.step == entered:
-            return self._still % every == 0
-        return (reading.step - entered) % every == 0
 
     def _place(self, line: Mapping[str, Any]) -> tuple[float, float, float]:
         """When a line was written, in an order that holds through a whole run."""

@@ -64,8 +64,10 @@ def reading(step: int, phase: str = "fit", **values: float) -> Reading:
     )
 
 
-def a_run(step: int, entered: int = 0) -> Any:
-    return SimpleNamespace(state=SimpleNamespace(clock=Clock(step=step, total=16, entered=entered)))
+def a_run(step: int, readings: int | None = None) -> Any:
+    """A run at `step`, after `readings` steps of its phase: all of them, unless said."""
+    state = SimpleNamespace(clock=Clock(step=step, total=16))
+    return SimpleNamespace(state=state, readings=step if readings is None else readings)
 
 
 def drive(recorder: Recorder, first: int, last: int) -> None:
@@ -97,15 +99,17 @@ def test_a_line_every_log_every_steps(tmp_path: Path) -> None:
 def test_lines_count_from_the_phase_s_first_step(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, make_plan(log_every=4), "")
     for step in range(6, 15):
-        recorder.spalf_stepped(a_run(step, entered=5), reading(step))
+        recorder.spalf_stepped(a_run(step, step - 5), reading(step))
     assert [line["step"] for line in lines(tmp_path)] == [9, 13]
 
 
 def test_a_phase_without_steps_is_counted_by_readings(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, make_plan(log_every=2), "")
-    for i in range(5):
-        recorder.spalf_stepped(a_run(0), reading(0, "calibrate", tokens=100.0 * (i + 1)))
-    assert [line["tokens"] for line in lines(tmp_path)] == [100.0, 300.0, 500.0]
+    """And a resumed one goes on counting where the run was cut, here after three."""
+    first, second = (Recorder(tmp_path, make_plan(log_every=2), "") for _ in range(2))
+    for i in range(1, 8):
+        recorder = first if i <= 3 else second
+        recorder.spalf_stepped(a_run(0, i), reading(0, "calibrate", tokens=100.0 * i))
+    assert [line["tokens"] for line in lines(tmp_path)] == [200.0, 400.0, 600.0]
 
 
 @pytest.mark.parametrize("cut", [1, 4, 7, 10])

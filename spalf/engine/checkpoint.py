@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from spalf.core.recipe import Plan
 from spalf.core.state import Anchor, TrainingState
 from spalf.core.tree import Leaf, flatten, restore, to
 from spalf.core.values import Raw
-from spalf.errors import CheckpointError
+from spalf.errors import CheckpointError, DivergedError
 
 FORMAT = 1
 FILES: tuple[tuple[str, str], ...] = (
@@ -48,7 +48,7 @@ def _file_of(path: str) -> str:
 
 
 def name_of(state: TrainingState) -> str:
-    """spalf_<phase>_step<N>, with one more number where a phase ends its work before the first training step."""
+    """spalf_<phase>_step<N>, N training steps in all: a later save without one in between takes the name over."""
     return f"spalf_{state.clock.phase}_step{state.clock.step}"
 
 
@@ -56,10 +56,12 @@ def save(plan: Plan, state: TrainingState, parent: Path, recipe_text: str, extra
     """Write a checkpoint under `parent` and return its directory.
 
     Everything is written beside the target, flushed to disk, then renamed; a kill at any moment leaves the older
-    checkpoints as they were. Raises CheckpointError where a number is not finite: the last good one stays.
+    checkpoints as they were. Raises DivergedError where a number is not finite: the last good one stays.
     """
     flat = flatten(state)
-    _refuse_nonfinite(flat)
+    bad = _not_finite(flat)
+    if bad:
+        raise diverged(parent, state.clock.step, state.clock.phase, bad)
     target = parent / name_of(state)
     draft = parent / f".{target.name}.{os.getpid()}"
     shutil.rmtree(draft, ignore_errors=True)
@@ -81,11 +83,19 @@ def save(plan: Plan, state: TrainingState, parent: Path, recipe_text: str, extra
     return target
 
 
-def _refuse_nonfinite(flat: Mapping[str, Leaf]) -> None:
+def _not_finite(flat: Mapping[str, Leaf]) -> list[str]:
     bad = [k for k, v in flat.items() if isinstance(v, Tensor) and v.is_floating_point() and not v.isfinite().all()]
-    bad += [k for k, v in flat.items() if isinstance(v, float) and not math.isfinite(v)]
-    if bad:
-        raise CheckpointError(f"not saved, because these are not finite: {', '.join(bad)}")
+    return bad + [k for k, v in flat.items() if isinstance(v, float) and not math.isfinite(v)]
+
+
+def diverged(directory: Path, step: int, phase: str, bad: Sequence[str]) -> DivergedError:
+    """The error for numbers that are not finite; names the checkpoint below `directory` that is still good."""
+    last = all_in(directory)
+    kept = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint had been written yet"
+    return DivergedError(
+        f"step {step} of phase {phase}: not finite: {', '.join(bad)}; {kept} "
+        "(lower knobs.lr, or look at the multipliers in metrics.jsonl)"
+    )
 
 
 def _metadata(
@@ -226,10 +236,12 @@ def _shape_like(plan: Plan, state: TrainingState, flat: Mapping[str, Leaf]) -> N
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints of each phase."""
+    """Delete all but the newest `keep` checkpoints of each phase, and the drafts that a killed run has left."""
     by_phase: dict[str, list[Path]] = {}
     for path in all_in(directory):
         by_phase.setdefault(str(metadata(path)["phase"]), []).append(path)
     for paths in by_phase.values():
         for path in paths[:-keep]:
             shutil.rmtree(path)
+    for draft in directory.glob(".spalf_*"):
+        shutil.rmtree(draft)

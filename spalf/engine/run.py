@@ -19,7 +19,7 @@ from spalf.core.tree import to
 from spalf.core.values import Batch, Reading
 from spalf.engine import checkpoint
 from spalf.engine.build import build
-from spalf.errors import DivergedError, RunError
+from spalf.errors import CheckpointError, DivergedError, RunError
 
 ASK_EVERY = 10  # steps between asking a gate, which waits for the device
 
@@ -58,6 +58,8 @@ class Run:
     recipe_text: str
     wall: dict[str, float] = field(factory=dict)
     outcome: str = "running"
+    readings: int = 0
+    """Steps of the current phase so far, over a resume too: calibration takes steps that no clock counts."""
     _serial: int = 0
     _since_save: int = 0
     _stop: bool = False
@@ -74,13 +76,21 @@ class Run:
 
     @classmethod
     def resume(cls, plan: Plan, path: Path, *, device: torch.device, hooks: Any, recipe_text: str) -> Run:
-        """The run that wrote the checkpoint at `path`, at the step where it was written."""
+        """The run that wrote the checkpoint at `path`, at the step where it was written.
+
+        Raises CheckpointError where `path` does not lie in a run directory, which could not be told where to write.
+        """
+        path = path if len(path.parts) > 2 else path.absolute()
+        if path.parent.name != "checkpoints":
+            raise CheckpointError(f"{path}: lies in no run directory (move it to <run>/checkpoints/{path.name})")
         run = cls.start(plan, path.parent.parent, device=device, hooks=hooks, recipe_text=recipe_text)
         meta = checkpoint.load(path, plan, run.state)
         # An overridden budget moves the end of the run, and nothing else.
         run.state.clock = _with_total(run.state, plan.total_steps)
         run.wall.update({k: float(v) for k, v in meta.get("wall", {}).items() if k != "build"})
-        run._serial = int(meta["serial"])
+        run.readings = int(meta.get("readings", 0))
+        # Of all checkpoints, not of this one: what is written from here on is newer than what an older end left.
+        run._serial = max(int(checkpoint.metadata(p)["serial"]) for p in checkpoint.all_in(path.parent))
         run._enter = False
         return run
 
@@ -93,24 +103,20 @@ class Run:
 
         Raises DivergedError when a number stops being finite, RunError on anything a phase cannot go on from.
         """
-        phases = self.plan.recipe.phases
-        for name in phases[phases.index(self.state.clock.phase) :]:
-            if name != self.state.clock.phase:
-                self._next(name)
-            if self._enter:
-                self._enter_phase(name)
-            if not self._through(name, stop_at):
-                self.outcome = "stopped"
-                return self.outcome
-        self.outcome = "done"
+        try:
+            self.outcome = self._train(stop_at)
+        except DivergedError:
+            self.outcome = "diverged"
+            raise
         return self.outcome
 
     def save(self) -> Path:
-        """Write a checkpoint and tell the observers."""
+        """Write a checkpoint and tell the observers. Raises DivergedError where a number is not finite."""
         with _timed(self.wall, "save"):
             self._serial += 1
             where = self.directory / "checkpoints"
-            extra = {"serial": self._serial, "wall": {k: round(v, 3) for k, v in self.wall.items()}}
+            wall = {k: round(v, 3) for k, v in self.wall.items()}
+            extra = {"serial": self._serial, "readings": self.readings, "wall": wall}
             path = checkpoint.save(self.plan, self.state, where, self.recipe_text, extra)
             checkpoint.prune(where, self.plan.recipe.record.keep)
         self._since_save = 0
@@ -122,9 +128,21 @@ class Run:
         return _timed(self.wall, name)
 
     # ------------------------------------------------------------------------------------------------ inside
+    def _train(self, stop_at: int | None) -> str:
+        phases = self.plan.recipe.phases
+        for name in phases[phases.index(self.state.clock.phase) :]:
+            if name != self.state.clock.phase:
+                self._next(name)
+            if self._enter:
+                self._enter_phase(name)
+            if not self._through(name, stop_at):
+                return "stopped"
+        return "done"
+
     def _next(self, name: str) -> None:
         self.state.clock = self.state.clock.next_phase(name)
         self.state.phase = to(self.plan.recipe.phase[name].init(self.plan), self.state.device)
+        self.readings = 0
         self._enter = True
 
     def _enter_phase(self, name: str) -> None:
@@ -143,8 +161,9 @@ class Run:
             with _timed(self.wall, name, minus=("harvest",)):
                 reading = phase.step(self.plan, self.state)
             self._check(reading)
-            self.hooks.spalf_stepped(run=self, reading=reading)
+            self.readings += 1
             self._since_save += 1
+            self.hooks.spalf_stepped(run=self, reading=reading)
             if self._since_save >= self.plan.recipe.record.save_every:
                 self.save()
         self.save()
@@ -164,13 +183,7 @@ class Run:
         for kind, value_M in reading.per_constraint.items():
             bad += [f"{kind} of {n}" for n, v in zip(reading.names, value_M, strict=True) if not _finite(v)]
         if bad:
-            self.outcome = "diverged"
-            last = checkpoint.all_in(self.directory / "checkpoints")
-            kept = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint had been written yet"
-            raise DivergedError(
-                f"step {reading.step} of phase {reading.phase}: not finite: {', '.join(bad)}; {kept} "
-                "(lower knobs.lr, or look at the multipliers in metrics.jsonl)"
-            )
+            raise checkpoint.diverged(self.directory / "checkpoints", reading.step, reading.phase, bad)
 
 
 def _finite(value: Tensor) -> bool:

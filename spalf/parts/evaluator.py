@@ -22,6 +22,8 @@ from spalf.engine.step import reconstructor
 
 SEQUENCES = 8
 """Contexts per pass of the patched model: [8, T, V] float32 logits fit anywhere."""
+COSTLESS = 1e-4
+"""Nats that an ablation has to cost before a share of it means anything."""
 
 
 def _parts(sequences: Sequences) -> Iterator[Sequences]:
@@ -59,8 +61,8 @@ class DownstreamLoss:
     """The language model's loss with its activation reconstructed, and with it ablated to the mean and to zero.
 
     Means over `sequences` held-out contexts, then ratios: loss_recovered = (CE_mean - CE_patched) /
-    (CE_mean - CE_clean). Position 0 has no context and is left clean in every variant; cross-entropy and KL are
-    in nats per predicted position.
+    (CE_mean - CE_clean), left out where ablation costs nothing. Position 0 has no context and is left clean in every
+    variant; cross-entropy and KL are in nats per predicted position.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
@@ -92,7 +94,9 @@ class DownstreamLoss:
         out = {f"ce_{name}": value for name, value in ce.items()}
         out["ce_gap"] = ce["patched"] - ce["clean"]
         for name, key in (("mean_ablated", "loss_recovered"), ("zero_ablated", "loss_recovered_zero")):
-            out[key] = (ce[name] - ce["patched"]) / max(ce[name] - ce["clean"], 1e-9)
+            cost = ce[name] - ce["clean"]
+            if cost > COSTLESS:
+                out[key] = (ce[name] - ce["patched"]) / cost
         out["kl"] = losses["patched"].mean_kl
         out["kl_mean_ablated"] = losses["mean_ablated"].mean_kl
         out["positions"] = float(losses["patched"].positions)

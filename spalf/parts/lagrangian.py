@@ -24,7 +24,8 @@ class AlCole:
         g_M, rho_M = violations.g_M, control.rho_M.detach()
         q_M = control.lam_M.detach() / rho_M
         # Psi in its two branches: the squares above cancel in float32 once q is large.
-        psi_M = torch.where(2 * g_M + q_M > 0, g_M * (g_M + q_M), -q_M.square() / 4)
+        # NaN is not <= 0: it stays in the loss, where it is seen.
+        psi_M = torch.where(2 * g_M + q_M <= 0, -q_M.square() / 4, g_M * (g_M + q_M))
         return objective + torch.where(control.on_M, rho_M * psi_M, 0.0).sum()
 
 

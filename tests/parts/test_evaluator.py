@@ -23,7 +23,7 @@ from spalf.engine.build import build
 from spalf.engine.language import patch_after_first
 from spalf.engine.step import reconstructor
 from spalf.parts import evaluator as module
-from spalf.parts.evaluator import DownstreamLoss, DriftFidelity, GroundTruth, SparsityFrontier
+from spalf.parts.evaluator import DownstreamLoss, DriftFidelity, GroundTruth, Loss, SparsityFrontier
 from spalf.testing import conform, toy_plan
 from spalf.testing.whole import CPU, enter, language_plan, moved, snapshot, stage_for, started, through
 
@@ -131,6 +131,13 @@ def test_losses_against_numpy() -> None:
     assert out["kl"] == pytest.approx(kl["patched"], rel=1e-4)
     assert out["kl_mean_ablated"] == pytest.approx(kl["mean_ablated"], rel=1e-4)
     assert out["positions"] == tokens[:, 1:].size
+
+
+def test_no_share_of_an_ablation_that_costs_nothing() -> None:
+    ce = {"clean": 3.0, "patched": 3.2, "mean_ablated": 4.0, "zero_ablated": 3.0}
+    report = DownstreamLoss._report({name: Loss(ce=value, positions=1) for name, value in ce.items()})
+    assert report["loss_recovered"] == pytest.approx(0.8)
+    assert "loss_recovered_zero" not in report
 
 
 # ---------------------------------------------------------------------------------------------------- drift fidelity

@@ -87,3 +87,11 @@ def test_a_detached_violation_trains_nothing() -> None:
 def test_plain_is_linear() -> None:
     loss = Plain()(torch.tensor(1.0), Violations(names=(), g_M=G), controls(LAM, RHO, ON))
     assert torch.allclose(loss, 1 + (LAM * G).sum())
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: label(c).use)
+def test_a_violation_that_is_nan_is_seen_in_the_loss(cls: type) -> None:
+    g_M = torch.tensor([0.5, float("nan"), -2.0], dtype=torch.float64)
+    on_M, ones_M = torch.ones(3, dtype=torch.bool), torch.ones(3, dtype=torch.float64)
+    loss = cls()(torch.zeros((), dtype=torch.float64), Violations(names=(), g_M=g_M), controls(ones_M, ones_M, on_M))
+    assert not bool(loss.isfinite())
