@@ -160,9 +160,9 @@ class Run:
                 return False
             with _timed(self.wall, name, minus=("harvest",)):
                 reading = phase.step(self.plan, self.state)
-            self._check(reading)
             self.readings += 1
             self._since_save += 1
+            self._check(reading)
             self.hooks.spalf_stepped(run=self, reading=reading)
             if self._since_save >= self.plan.recipe.record.save_every:
                 self.save()
@@ -175,13 +175,18 @@ class Run:
         return asked and self.plan.recipe.phase[name].done(self.plan, self.state)
 
     def _check(self, reading: Reading) -> None:
-        """Raises DivergedError that names what was being computed. On a device it looks only when a line is logged."""
-        every = self.plan.recipe.record.log_every if self.state.device.type == "cuda" else 1
-        if reading.step % every:
+        """Raises DivergedError that names what is not finite; on a device it looks only when a line is logged.
+
+        Parameters are looked at then too: a NaN in the encoder opens no gate, so a compact code does not list it.
+        """
+        is_logged = self.readings % self.plan.recipe.record.log_every == 0
+        if not is_logged and self.state.device.type == "cuda":
             return
         bad = [name for name, value in reading.values.items() if not bool(torch.isfinite(value))]
         for kind, value_M in reading.per_constraint.items():
             bad += [f"{kind} of {n}" for n, v in zip(reading.names, value_M, strict=True) if not _finite(v)]
+        if is_logged:
+            bad += [f"parameter {n}" for n, p in self.state.sae.named_parameters() if not _finite(p.detach().sum())]
         if bad:
             raise checkpoint.diverged(self.directory / "checkpoints", reading.step, reading.phase, bad)
 
