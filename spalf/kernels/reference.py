@@ -16,7 +16,6 @@ from spalf.core.protocols import Autoencoder
 from spalf.core.state import Learner
 from spalf.core.values import Code, White
 
-
 GRAM = 256
 """Most active features of a row that its Gram matrix holds."""
 

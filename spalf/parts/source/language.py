@@ -41,9 +41,7 @@ class HookedModel(Protocol):
 class _Supply:
     """Rows of contexts, in the pool's order, by passes of `sequences` contexts."""
 
-    def __init__(
-        self, model: HookedModel, contexts: Pool, *, skip: int, sequences: int, device: torch.device
-    ) -> None:
+    def __init__(self, model: HookedModel, contexts: Pool, *, skip: int, sequences: int, device: torch.device) -> None:
         self._model, self._contexts = model, contexts
         self._skip, self._sequences, self._device = skip, sequences, device
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from spalf.parts.source.blocks import below, generator, under
 from spalf.parts.source.contexts import Contexts
 
+
 class Pool:
     """Contexts [S, T] in an order that is a function of (seed, pool number) within each pool."""
 
