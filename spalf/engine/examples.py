@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
-from spalf.core.values import White
+from spalf.core.values import Raw, Sequences, White
 from spalf.engine.evaluate import untouched
 
 
@@ -36,35 +38,41 @@ def examples(
 ) -> list[FeatureExample]:
     """`features` examples, spread evenly over the firing densities of the features that fire, densest first.
 
-    Empty where the source has no tokens. The choice looks at density alone, never at how readable a feature is.
+    Each shows at most `contexts` contexts, of as many sequences. Empty where the source has no tokens. The choice looks
+    at density alone, never at how readable a feature is.
     """
     if "tokens" not in plan.facts.provides:
         return []
     with untouched(state):
-        tokens_ST, z_parts = _encode(state, sequences)
-        density_F = torch.stack([(z > 0).sum(0) for z in z_parts]).sum(0) / sum(len(z) for z in z_parts)
-        chosen = _spread(density_F, features, least=contexts / sum(len(z) for z in z_parts))
-        z_NC = torch.cat([z[:, chosen] for z in z_parts])
+        taken = state.stream.sequences(sequences)
+        whites = [_white(state, part) for part in _parts(taken)]
+        rows = sum(w_STD.shape[0] * w_STD.shape[1] for w_STD in whites)
+        # Twice over the same rows: all codes of all features would not fit, those of the chosen few do.
+        fired_F = torch.stack([state.sae.encode(White(w.flatten(0, 1))).fired_F() for w in whites]).sum(0)
+        chosen = _spread(fired_F / rows, features, least=contexts / rows)
+        z_STC = torch.cat([_codes(state, w_STD, chosen) for w_STD in whites])
         return [
-            _example(
-                state, tokens_ST, z_NC[:, i].reshape(tokens_ST.shape), int(f), float(density_F[f]), contexts, window
-            )
+            _example(state, taken.tokens_ST, z_STC[:, :, i], int(f), float(fired_F[f]) / rows, contexts, window)
             for i, f in enumerate(chosen.tolist())
         ]
 
 
-def _encode(state: TrainingState, sequences: int) -> tuple[Tensor, list[Tensor]]:
-    """Token ids [S, T] and dense codes of all positions, in parts; position 0, which has no context, is silent."""
-    taken = state.stream.sequences(sequences)
-    parts = []
-    for begin in range(0, sequences, 16):
-        few = type(taken)(tokens_ST=taken.tokens_ST[begin : begin + 16], real_ST=taken.real_ST[begin : begin + 16])
-        x_STD = state.stream.activations(few)
-        white_BD = state.metric.white(type(x_STD)(x_STD.reshape(-1, x_STD.shape[-1]).float()))
-        z_STF = state.sae.encode(White(white_BD)).dense().reshape(*few.tokens_ST.shape, -1).clone()
-        z_STF[:, 0] = 0.0
-        parts.append(z_STF.reshape(-1, z_STF.shape[-1]))
-    return taken.tokens_ST, parts
+def _parts(sequences: Sequences) -> Iterator[Sequences]:
+    for begin in range(0, len(sequences.tokens_ST), 16):
+        part = slice(begin, begin + 16)
+        yield Sequences(tokens_ST=sequences.tokens_ST[part], real_ST=sequences.real_ST[part])
+
+
+def _white(state: TrainingState, sequences: Sequences) -> White:
+    """Whitened activations [S, T - 1, D] of all positions but the first, which has no context."""
+    return state.metric.white(Raw(state.stream.activations(sequences)[:, 1:].float()))
+
+
+def _codes(state: TrainingState, white_STD: White, chosen_C: Tensor) -> Tensor:
+    """Activations [S, T, C] of the chosen features, 0 at the first position."""
+    z_BC = state.sae.encode(White(white_STD.flatten(0, 1))).dense()[:, chosen_C]
+    z_STC = z_BC.reshape(*white_STD.shape[:2], -1)
+    return torch.cat([torch.zeros_like(z_STC[:, :1]), z_STC], dim=1)
 
 
 def _spread(density_F: Tensor, features: int, least: float) -> Tensor:
@@ -81,7 +89,7 @@ def _example(
     state: TrainingState, tokens_ST: Tensor, z_ST: Tensor, feature: int, density: float, contexts: int, window: int
 ) -> FeatureExample:
     peaks_S, at_S = z_ST.max(1)
-    best = peaks_S.argsort(descending=True)[:contexts]
+    best = peaks_S.argsort(descending=True)[: min(contexts, int((peaks_S > 0).sum()))]
     shown = []
     for s in best.tolist():
         at = int(at_S[s])

@@ -10,6 +10,9 @@ from torch import Tensor
 from spalf.core.state import TrainingState
 from spalf.core.values import Code, Raw, White
 
+LEAST = 0.05
+"""Entries below this share of their threshold matter at no useful L0: leaving them out keeps the sort small."""
+
 
 def rescaled(state: TrainingState, white_BD: White, scale: float) -> Code:
     """The dense code with every threshold multiplied by `scale`; scale 1 is the trained code."""
@@ -25,19 +28,24 @@ def rescaled(state: TrainingState, white_BD: White, scale: float) -> Code:
     )
 
 
+@torch.no_grad()
 def scale_for_l0(state: TrainingState, white_BD: White, l0: float) -> float:
-    """The scale at which these rows have `l0` active features on average: a quantile of pre-activation / threshold."""
+    """The scale at which these rows have `l0` active features on average, to one entry of all of them.
+
+    A quantile of pre-activation / threshold: the middle of the gap between the last entry in and the first one out.
+    """
     threshold_F = state.sae.activator.threshold_F()
     ratios: list[Tensor] = []
     for few_BD in _chunks(white_BD):
         ratio = state.sae.encode(White(few_BD), dense=True).pre_BK / threshold_F
-        # Entries below a twentieth of their threshold cannot matter at any useful L0: keeps the sort small.
-        ratios.append(ratio[ratio > 0.05].cpu())
-    pooled = torch.cat(ratios)
-    rank = min(len(pooled), max(1, round(l0 * white_BD.shape[0])))
-    return float(pooled.kthvalue(len(pooled) - rank + 1).values)
+        ratios.append(ratio[ratio > LEAST].cpu())
+    pooled = torch.cat([torch.tensor([LEAST]), *ratios])
+    rank = min(len(pooled) - 1, round(l0 * white_BD.shape[0]))
+    out = float(pooled.kthvalue(len(pooled) - rank).values)
+    return 2.0 * out if rank == 0 else (out + float(pooled.kthvalue(len(pooled) - rank + 1).values)) / 2
 
 
+@torch.no_grad()
 def r2_at_l0(state: TrainingState, x_BD: Raw, l0: float, space: str) -> float:
     """Explained variance in `space` that this dictionary reaches when its thresholds are scaled to `l0`."""
     white_BD = state.metric.white(x_BD)

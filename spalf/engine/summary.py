@@ -7,7 +7,7 @@ from typing import Any
 from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
 from spalf.engine import checkpoint
-from spalf.engine.evaluate import constraints, evaluate, untouched
+from spalf.engine.evaluate import STRICT, constraints, evaluate, untouched
 from spalf.engine.frontier import r2_at_l0
 
 L0_SLACK = 1.1
@@ -60,8 +60,9 @@ def notes(plan: Plan, state: TrainingState, own: dict[str, float], held: dict[st
     out = []
     for name, c in held.items():
         if not c["feasible"]:
-            what = "on held-out documents" if c["violation"] > 0.05 else "on the training stream"
-            by = c["violation"] if c["violation"] > 0.05 else c["filtered"]
+            is_strict = c["violation"] > STRICT
+            what = "on held-out documents" if is_strict else "on the training stream"
+            by = c["violation"] if is_strict else c["filtered"]
             out.append(
                 f"constraint {name} is not met {what}: its value exceeds the budget by {by:.1%} "
                 f"(multiplier {c['multiplier']:.3g}); attainable with this recipe: {c['budget'] * (1 + by):.4g} "
