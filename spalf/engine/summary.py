@@ -34,6 +34,7 @@ def summarize(plan: Plan, state: TrainingState, outcome: str, wall: dict[str, fl
         "r2_raw": own["r2_raw"],
         "r2_whitened": own["r2_whitened"],
         "r2_target": plan.knobs.R2_target,
+        "r2_space": _space(plan),
     }
     for key in ("ce_clean", "ce_patched", "ce_mean_ablated", "loss_recovered", "kl"):
         out[key] = loss.get(key)
@@ -55,6 +56,11 @@ def _downstream(scalars: dict[str, dict[str, float]]) -> dict[str, float]:
     return next((s for s in scalars.values() if "ce_patched" in s), {})
 
 
+def _space(plan: Plan) -> str | None:
+    """The space of the faithfulness constraint, or None without one."""
+    return getattr(plan.recipe.constraint.get("faithfulness"), "space", None)
+
+
 def notes(plan: Plan, state: TrainingState, own: dict[str, float], held: dict[str, dict[str, Any]]) -> list[str]:
     """Plain sentences on every target that was not met: which, by how much, and what is attainable."""
     out = []
@@ -68,7 +74,7 @@ def notes(plan: Plan, state: TrainingState, own: dict[str, float], held: dict[st
                 f"(multiplier {c['multiplier']:.3g}); attainable with this recipe: {c['budget'] * (1 + by):.4g} "
                 f"against a budget of {c['budget']:.4g}"
             )
-    space = getattr(plan.recipe.constraint.get("faithfulness"), "space", None)
+    space = _space(plan)
     if own["l0"] > L0_SLACK * plan.knobs.L0_target and space is not None:
         with untouched(state):
             x_BD = state.stream.next(min(8192, plan.recipe.budget.batch * 4)).x_BD
