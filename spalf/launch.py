@@ -33,6 +33,9 @@ from spalf.record import Recorder, write_json
 OVERRIDABLE = ("record", "budget.tokens", "kernel", "evaluator")
 """What may differ between a checkpoint's recipe and the run that goes on from it."""
 
+WRITTEN = ("checkpoints", "recipe.toml", "plan.json", "metrics.jsonl", "summary.json", "features.json", "report.html")
+"""What a run leaves in its directory."""
+
 
 @frozen(kw_only=True)
 class Result:
@@ -83,14 +86,7 @@ def run(
     plan = compiler.compile(toml.read(recipe, sets), registry)
     directory = Path(out) / plan.recipe.name
     where = _device(device)
-    if directory.exists() and any(directory.iterdir()) and not force:
-        raise RecipeError(
-            [
-                Problem(
-                    str(directory), "exists already", "resume it, give another --out or name, or --force to replace it"
-                )
-            ]
-        )
+    _refuse_existing(directory, force)
     text = _text(plan, registry)
     started = Run.start(plan, directory, device=where, hooks=manager.hook, recipe_text=text)
     if directory.exists():
@@ -215,17 +211,18 @@ def _refuse_missing(at: Path, registry: Any) -> None:
         raise CheckpointError(f"{at}: needs {', '.join(missing)} (install what is missing)")
 
 
+def _refuse_existing(directory: Path, force: bool) -> None:
+    """Raises RecipeError where a run would overwrite what it was not told to."""
+    if directory.exists() and not directory.is_dir():
+        raise RecipeError([Problem(str(directory), "is a file", "give another --out or name")])
+    if directory.exists() and any(directory.iterdir()) and not force:
+        hint = "resume it, give another --out or name, or --force to replace it"
+        raise RecipeError([Problem(str(directory), "exists already", hint)])
+
+
 def _remove_run(directory: Path) -> None:
     """Delete what a run writes, and nothing else that may lie beside it."""
-    for name in (
-        "checkpoints",
-        "recipe.toml",
-        "plan.json",
-        "metrics.jsonl",
-        "summary.json",
-        "features.json",
-        "report.html",
-    ):
+    for name in WRITTEN:
         target = directory / name
         if target.is_dir():
             shutil.rmtree(target)
