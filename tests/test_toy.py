@@ -31,11 +31,8 @@ def digest(state: TrainingState) -> str:
     out = hashlib.sha256()
     for name, leaf in sorted(flatten(state).items()):
         if isinstance(leaf, Tensor):
-            what, content = (
-                f"{leaf.dtype} {tuple(leaf.shape)}",
-                leaf.detach().contiguous().reshape(-1).view(torch.uint8),
-            )
-            out.update(f"{name} {what}\n".encode() + content.numpy().tobytes())
+            content = leaf.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            out.update(f"{name} {leaf.dtype} {tuple(leaf.shape)}\n".encode() + content)
         else:
             out.update(f"{name} {type(leaf).__name__} {leaf!r}\n".encode())
     return out.hexdigest()
@@ -70,9 +67,8 @@ def test_the_toy_recipe_gives_the_same_bits(tmp_path: Path) -> None:
     if other:
         pytest.skip("; ".join(other))
     found = digest(trained(tmp_path))
-    assert found == recorded["sha256"], (
-        "the numbers of a run have changed: if that is meant, say why in the changelog and run `python tests/test_toy.py`"
-    )
+    remedy = "if that is meant, say why in the changelog and run `python tests/test_toy.py`"
+    assert found == recorded["sha256"], f"the numbers of a run have changed: {remedy}"
 
 
 @pytest.mark.parametrize("leaf", ["weight", "dtype", "scalar"])
