@@ -55,6 +55,7 @@ class Adrc:
       every = filter.every;  memory = max(200, every);  k = max(w, 1 - phi);
       w = 0.5 / (1 + (delay + lag) / every), lag = fast / (1 - fast).
     The default dead time makes K_I per step nearly independent of the clock; 0 is for a primal that answers at once.
+    `margin` moves the set point to v = -margin: a law that holds v at 0 ends on the wrong side half of the time.
     """
 
     observer: float = field(default=0.0, validator=and_(ge(0.0), le(1.0)))
@@ -64,6 +65,7 @@ class Adrc:
     delay: float = field(default=100.0, validator=ge(0.0))
     every: int = field(default=0, validator=ge(0))
     limit: float = field(default=LIMIT, validator=gt(0.0))
+    margin: float = field(default=0.0, validator=and_(ge(0.0), lt(1.0)))
 
     def settle(self, plan: Plan) -> Adrc:
         filter: Any = plan.recipe.filter
@@ -128,7 +130,7 @@ class Adrc:
         v_M = signal.fast_M
         k_p, k_i = self.gains()
         b0_M = self.gain * (1.0 - self.phi) / (2.0 * signal.rho_M)
-        push_M = (k_p * (v_M - signal.previous_M) + k_i * v_M) / b0_M
+        push_M = (k_p * (v_M - signal.previous_M) + k_i * (v_M + self.margin)) / b0_M
         lam_M = _projected(state.lam_M, state.lam_M + push_M, signal, self.limit)
         # The observer's state after the projection: f = b0 lam - (phi - 1 + k) v.
         f_M = b0_M * lam_M - (self.phi - 1.0 + self.bandwidth) * v_M

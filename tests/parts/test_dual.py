@@ -220,6 +220,17 @@ def test_limit_of_no_memory_is_the_method_of_multipliers() -> None:
     assert torch.allclose(lam_M, torch.tensor([0.7 + 2 * 1.5 * 0.3]))
 
 
+def test_margin_moves_the_set_point() -> None:
+    """On the plant v = 1 - lam a law with margin m settles at v = -m, lam = 1 + m."""
+    law = attrs.evolve(settled_adrc(0.3, 0.2, 0.8), margin=0.1)
+    state, v = law.init(1), 1.0
+    for _ in range(400):
+        previous, v = v, 1.0 - float(state.lam_M)
+        state = law.step(state, signal([v], previous=[previous]))
+    assert float(state.lam_M) == pytest.approx(1.1, abs=1e-3)
+    assert v == pytest.approx(-0.1, abs=1e-3)
+
+
 def test_gain_rule() -> None:
     law = Adrc(delay=0.0).settle(control_plan(DualRateEma(every=100)))
     assert law.observer == pytest.approx(0.5 / 1.09)
