@@ -221,13 +221,13 @@ def test_limit_of_no_memory_is_the_method_of_multipliers() -> None:
 
 
 def test_margin_moves_the_set_point() -> None:
-    """On the plant v = 1 - lam a law with margin m settles at v = -m, lam = 1 + m."""
+    """On the plant v = 1 - lam / 20 a law with margin m settles at v = -m, lam = 20 (1 + m)."""
     law = attrs.evolve(settled_adrc(0.3, 0.2, 0.8), margin=0.1)
     state, v = law.init(1), 1.0
     for _ in range(400):
-        previous, v = v, 1.0 - float(state.lam_M)
+        previous, v = v, 1.0 - float(state.lam_M) / 20
         state = law.step(state, signal([v], previous=[previous]))
-    assert float(state.lam_M) == pytest.approx(1.1, abs=1e-3)
+    assert float(state.lam_M) == pytest.approx(22.0, abs=1e-2)
     assert v == pytest.approx(-0.1, abs=1e-3)
 
 
