@@ -6,9 +6,11 @@ A place is (epoch, part, index): a pass over the text, a file of it in that pass
 from __future__ import annotations
 
 import glob
+import functools
 import hashlib
 import itertools
 import json
+import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -69,6 +71,17 @@ def is_stdlib_file(relative: str) -> bool:
     return not built and (FOREIGN | SUITES | GENERATED).isdisjoint(parts)
 
 
+@functools.cache
+def _stdlib_files(root: Path) -> tuple[str, ...]:
+    """Sorted relative paths; looked up once a process, and not below installed packages, which may be many."""
+    found = []
+    for folder, below, names in os.walk(root):
+        below[:] = [b for b in below if b not in FOREIGN]
+        here = PurePosixPath(Path(folder).relative_to(root).as_posix())
+        found += [str(here / name) for name in names if name.endswith(".py")]
+    return tuple(sorted(f for f in found if is_stdlib_file(f)))
+
+
 @frozen(kw_only=True)
 class StandardLibrary:
     """The running interpreter's standard library: one document a file, UTF-8 only, keyed by its relative path."""
@@ -78,8 +91,7 @@ class StandardLibrary:
     name: str = "stdlib"
 
     def read(self, epoch: int, part: int, index: int) -> Iterator[Document]:
-        paths = (p.relative_to(self.root).as_posix() for p in self.root.rglob("*.py"))
-        files = sorted(p for p in paths if is_stdlib_file(p))
+        files = _stdlib_files(self.root)
         order = torch.randperm(len(files), generator=generator("files", self.seed, epoch)).tolist()
         for place in range(part, len(files)):
             relative = files[order[place]]

@@ -20,6 +20,8 @@ from spalf.parts.source.options import LanguageOptions
 from spalf.parts.source.pool import Pool
 
 COUNTED_TOKENS = 1 << 20
+SEQUENCE_POOL = 4096
+HELD_OUT_POOL = 1024
 
 
 class HookedModel(Protocol):
@@ -105,8 +107,10 @@ class LanguageStream:
         self._counts_V: Tensor | None = None
 
     def _pool(self, purpose: str, held_out: bool) -> Pool:
+        """Whole contexts and held-out text are asked for in small numbers: they are not worth a long look ahead."""
+        most = HELD_OUT_POOL if held_out else SEQUENCE_POOL if purpose == "sequences" else self._options.pool
         seed = derive_seed(self._seed, purpose, held_out)
-        return Pool(self._open(purpose, held_out), seed=seed, size=self._options.pool)
+        return Pool(self._open(purpose, held_out), seed=seed, size=min(most, self._options.pool))
 
     def _open(self, purpose: str, held_out: bool, repeat: bool | None = None) -> Contexts:
         options = self._options
