@@ -5,8 +5,8 @@ A place is (epoch, part, index): a pass over the text, a file of it in that pass
 
 from __future__ import annotations
 
-import glob
 import functools
+import glob
 import hashlib
 import itertools
 import json
