@@ -176,6 +176,10 @@ def _budget(recipe: Recipe, facts: Facts) -> Iterator[Problem]:
     if 0 < facts.shuffle < batch:
         hint = "raise source.shuffle to several batches, or lower budget.batch"
         yield Problem("source.shuffle", f"a block of {facts.shuffle} is smaller than a batch of {batch}", hint)
+    every, steps = int(getattr(recipe.filter, "every", 1)), tokens // batch
+    if tokens >= batch and every > steps:
+        hint = f"lower it to a tenth of the steps or less: {max(1, steps // 10)}"
+        yield Problem("filter.every", f"the dual side would never move: {every} exceeds the run's {steps} steps", hint)
     if not 0 <= recipe.seed < 2**63 - 1:
         yield Problem("seed", f"must be from 0 to {2**63 - 2}, got {recipe.seed}")
 

@@ -128,7 +128,8 @@ def primal_dual_step(
 ) -> tuple[Reading, Signal]:
     """Take one batch, one optimizer step (at `rate` of its schedule) and one control step; advances the clock.
 
-    Raises DeadConstraintError at the first step of a phase. No host synchronisation happens here.
+    Raises DeadConstraintError at the first step of a phase. The engine itself makes no host copy; a part may
+    (`orthogonality` sizes its Gram matrices on the host).
     """
     recipe = plan.recipe
     batch = state.stream.next(recipe.budget.batch)

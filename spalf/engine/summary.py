@@ -61,6 +61,14 @@ def _space(plan: Plan) -> str | None:
     return getattr(plan.recipe.constraint.get("faithfulness"), "space", None)
 
 
+def _attained(plan: Plan, name: str, budget: float, by: float) -> str:
+    """What a constraint that exceeds its budget by the share `by` came to, in the unit of its knob where it has one."""
+    r2 = getattr(plan.recipe.constraint[name], "r2", None)
+    if r2 is not None:
+        return f"R2 {1.0 - (1.0 - r2) * (1.0 + by):.3f} against {r2:g}"
+    return f"{budget * (1.0 + by):.4g} against a budget of {budget:.4g}"
+
+
 def notes(plan: Plan, state: TrainingState, own: dict[str, float], held: dict[str, dict[str, Any]]) -> list[str]:
     """Plain sentences on every target that was not met: which, by how much, and what is attainable."""
     out = []
@@ -69,10 +77,11 @@ def notes(plan: Plan, state: TrainingState, own: dict[str, float], held: dict[st
             is_strict = c["violation"] > STRICT
             what = "on held-out documents" if is_strict else "on the training stream"
             by = c["violation"] if is_strict else c["filtered"]
+            limit = getattr(plan.recipe.dual, "limit", float("inf"))
             out.append(
                 f"constraint {name} is not met {what}: its value exceeds the budget by {by:.1%} "
-                f"(multiplier {c['multiplier']:.3g}); attainable with this recipe: {c['budget'] * (1 + by):.4g} "
-                f"against a budget of {c['budget']:.4g}"
+                f"(multiplier {c['multiplier']:.3g}{', at its limit' if c['multiplier'] >= limit else ''}); "
+                f"attainable with this recipe: {_attained(plan, name, c['budget'], by)}"
             )
     space = _space(plan)
     if own["l0"] > L0_SLACK * plan.knobs.L0_target and space is not None:

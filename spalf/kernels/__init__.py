@@ -1,1 +1,1 @@
-"""The operations that cost time, one name each: encode, decode, coactivation. Triton modules are imported lazily."""
+"""The operations that cost time, one name each: encode, decode, coactivation."""

@@ -69,7 +69,9 @@ class Adrc:
 
     def settle(self, plan: Plan) -> Adrc:
         filter: Any = plan.recipe.filter
-        every = self.every or int(filter.every)
+        every = int(filter.every)
+        if self.every not in (0, every):
+            raise ValueError(f"every = {self.every}, but this law moves on the filter's ticks (set filter.every)")
         fast = float(getattr(filter, "fast", 0.0))
         lag = fast / (1.0 - fast)
         memory = self.memory or max(RESPONSE, float(every))
@@ -92,10 +94,10 @@ class Adrc:
         return self.phi - (1.0 - w) * (1.0 - k), w * k
 
     def derive(self, plan: Plan) -> list[Derived]:
-        mine, rule = self.settle(plan), self._with(observer=0.0, bandwidth=0.0, memory=0.0, every=0).settle(plan)
+        mine, rule = self.settle(plan), self._with(observer=0.0, bandwidth=0.0).settle(plan)
         formulas = {
             "every": "filter.every",
-            "memory": f"max({RESPONSE:g}, every) steps",
+            "memory": f"max({RESPONSE:g}, every) steps, or as given",
             "observer": "0.5 / (1 + (delay + lag) / every), lag = fast / (1 - fast)",
             "bandwidth": "max(observer, 1 - exp(-every / memory))",
         }

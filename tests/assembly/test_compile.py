@@ -337,6 +337,8 @@ MISTAKES = [
     (["dual=3"], "dual: expected a table or a name, got int 3"),
     (["phase.fit.gate='feasibl'"], 'phase.fit.gate: no gate is called "feasibl" (did you mean "feasible"?)'),
     (["phase.fit.gate.patience=0"], "phase.fit.gate.patience: must be > 0, got 0"),
+    (["filter.every=1_000_000"], "filter.every: the dual side would never move"),
+    (["dual.every=7"], "dual: every = 7, but this law moves on the filter's ticks (set filter.every)"),
     (["phase.fit.gate.latest=0.1"], "phase.fit.gate: latest = 0.1 comes before earliest = 0.95"),
     (["phase.extra={}"], 'phase.extra: no phase is called "extra"'),
     (["penality='capu'"], 'penality: unknown key (did you mean "penalty"?)'),
