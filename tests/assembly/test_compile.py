@@ -213,7 +213,7 @@ def test_estimates_follow_their_formulas() -> None:
     assert values["memory.code_compact.bytes"] == 20 * 100 * 4 * 10
     assert values["memory.shuffle.bytes"] == 8192 * 128
     assert values["memory.model.bytes"] == 2_000_000
-    assert values["memory.logits.bytes"] == 16 * 4 * 128 * 1000
+    assert values["memory.logits.bytes"] == 16 * 16 * 128 * 1000
     assert values["memory.total.bytes"] == sum(
         v for k, v in values.items() if k.startswith("memory.") and "total" not in k and "compact" not in k and v
     )
