@@ -69,6 +69,8 @@ class Anchored:
     def anchor(self, stream: Stream, rows: int) -> Anchor:
         """Unit unembedding rows [A, D] of the `rows` most frequent tokens, without the mean row of the vocabulary.
 
+        The rows are taken as the model stores them: the final norm's gain is not folded in.
+
         The mean is taken off because all rows share it: with it, all anchors fire together. Rows that pad the matrix
         (zero) count neither for the mean nor as candidates. Raises SourceError where too few are left.
         """
