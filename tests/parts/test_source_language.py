@@ -11,9 +11,11 @@ import torch
 from attrs import evolve
 
 from spalf.core.values import Raw
+from spalf.engine import language
 from spalf.errors import SourceError
 from spalf.parts.source import Huggingface, TransformerLens, checkpoint
 from spalf.parts.source.documents import is_held_out
+from spalf.parts.source.hooks import check_hook
 from spalf.parts.source.language import LanguageStream
 from spalf.testing.tiny_model import write_model, write_text, write_tokenizer
 
@@ -207,6 +209,7 @@ def test_other_hooks_of_the_bridge(neox: str, text: str) -> None:
     [
         ("blocks.3.hook_resid_post", 0, "has blocks 0 to 2"),
         ("blocks.1.hook_nowhere", 16, r'no hook "blocks.1.hook_nowhere"'),
+        ("blocks.1.hook_resid_mid", 0, r'the model has no hook "blocks.1.hook_resid_mid"'),  # its block is parallel
         ("blocks.1.mlp.hook_post", 0, r"width at hook .* \(state source.d_model\)"),
         ("blocks.1.mlp.hook_post", 48, "d_model = 48, but the model has 64"),
         ("blocks.1.hook_resid_post", 48, "d_model = 48, but the model has 16"),
@@ -234,7 +237,8 @@ def test_parameters_are_estimated_from_the_config(family: str, home: Path, text:
 
 
 def test_facts_read_the_config_and_no_weight(neox: str, text: str, tmp_path: Path) -> None:
-    shutil.copy(Path(neox) / "config.json", tmp_path / "config.json")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(neox) / name, tmp_path / name)
     facts = Huggingface(**options(tmp_path, text), layer=1).facts()
     assert facts == evolve(Huggingface(**options(neox, text), layer=1).facts(), model=str(tmp_path))
     assert facts.hook == "blocks.1.hook_resid_post"
@@ -302,7 +306,7 @@ def bare(neox: str, tmp_path: Path) -> Path:
 
 def test_a_directory_without_a_tokenizer_is_not_read_with_an_empty_one(bare: Path, text: str) -> None:
     with pytest.raises(SourceError, match="no tokenizer"):
-        Huggingface(**options(bare, text), layer=0).open(0, CPU).next(1)
+        Huggingface(**options(bare, text), layer=0).open(0, CPU)
 
 
 def test_token_files_need_no_tokenizer(bare: Path, tmp_path: Path) -> None:
@@ -340,7 +344,7 @@ def test_held_out_may_come_from_elsewhere(neox: str, text: str, tmp_path: Path) 
     assert len(written(stream)) == 80, "training has all of its own"
     assert written(stream.held_out()) == {b"another document altogether"}
     with pytest.raises(SourceError, match="is the training text"):
-        evolve(source, held_out_from=text).open(0, CPU).held_out()
+        evolve(source, held_out_from=text).facts()
 
 
 def test_a_held_out_block_is_small(neox: str, text: str) -> None:
@@ -401,3 +405,118 @@ def test_a_resumed_pool_goes_on_in_the_middle_and_over_its_end(neox: str, text: 
     two.load_state_dict(one.state_dict())
     for n in (2, 5, 1):
         assert torch.equal(one.sequences(n).tokens_ST, two.sequences(n).tokens_ST)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", r'training text: text "\S+a.txt" has no document'),
+        ("a.txt", b"x" * 500, r"text: .*set held_out_from, or split the file"),
+        ("a.u16", b"abc", r"training text: \S+a.u16 cannot be read"),
+        ("a.u16", b"", r"training text: \S+a.u16 cannot be read"),
+        ("a.u16", b"\xff\x0f" * 40, "training text: token id 4095 in the text, but the model knows 272"),
+        ("a.jsonl", b'{"body": "x"}\n', "training text: .*no text"),
+        ("none/*.txt", None, r"training text: text \S+ matches no file"),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_refused_before_the_weights_are_loaded(
+    neox: str, tmp_path: Path, name: str, content: bytes | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    loaded: list[object] = []
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args: loaded.append(args))
+    for source in (
+        Huggingface(**options(neox, str(tmp_path / name)), layer=0),
+        TransformerLens(**options(neox, str(tmp_path / name)), hook="blocks.0.hook_out"),
+    ):
+        source.facts()  # compiles: the paths of a recipe need not exist where it is looked at
+        with pytest.raises(SourceError, match=message):
+            source.open(0, CPU)
+    assert not loaded
+
+
+@pytest.mark.parametrize("short", ["training", "held-out"])
+def test_a_split_shorter_than_one_context_is_refused_at_once(neox: str, text: str, tmp_path: Path, short: str) -> None:
+    (tmp_path / "a.txt").write_text("x", encoding="utf-8")
+    tiny = str(tmp_path / "a.txt")
+    own, other = (tiny, text) if short == "training" else (text, tiny)
+    source = Huggingface(**options(neox, own, held_out_from=other, pool=1 << 20), layer=0)
+    with pytest.raises(SourceError, match=rf'{short} text "\S+a.txt" has fewer than source.context = 12 tokens'):
+        source.open(0, CPU)
+
+
+def test_a_large_pool_over_a_short_text_is_one_epoch(neox: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text of nearly four contexts, not more", encoding="utf-8")
+    source = Huggingface(**options(neox, str(tmp_path / "a.txt"), held_out_from=text, pool=1 << 30), layer=0)
+    one, two = opened(source), opened(source)
+    assert one.next(100).x_BD.shape == (100, 16)
+    one.sequences(6)
+    two.load_state_dict(one.state_dict())
+    assert one.state_dict()["sequences.start.epoch"] >= 1
+    assert torch.equal(one.sequences(9).tokens_ST, two.sequences(9).tokens_ST)
+    assert torch.equal(one.next(60).x_BD, two.next(60).x_BD)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"text": ""}, "either text or a dataset, and neither is set"),
+        ({"dataset": "x"}, "either text or a dataset, and both are set"),
+        ({"text": "", "dataset": "x", "held_out_from": "train"}, 'held_out_from = "train" is the training text'),
+        ({"context": 65}, "source.context = 65, but model .* has 64 positions"),
+    ],
+)
+def test_contradictory_options_do_not_compile(neox: str, text: str, changed: dict[str, Any], message: str) -> None:
+    source = Huggingface(**{**options(neox, text), **changed}, layer=0)
+    with pytest.raises(SourceError, match=message):
+        source.facts()
+
+
+def test_every_position_of_the_model_may_be_used(neox: str, text: str) -> None:
+    assert Huggingface(**options(neox, text, context=64), layer=0).facts().context == 64
+
+
+def test_logits_stay_in_the_models_precision(neox: str, text: str) -> None:
+    stream = opened(Huggingface(**options(neox, text, dtype="bfloat16"), layer=0))
+    seen = []
+
+    def keep(x: Raw) -> Raw:
+        seen.append(x.dtype)
+        return x
+
+    s = stream.sequences(2)
+    assert stream.logits(s).dtype == stream.logits(s, keep).dtype == torch.bfloat16
+    assert seen == [torch.float32]
+    exact = opened(Huggingface(**options(neox, text), layer=0)).logits(s)
+    loss, wanted = (language.cross_entropy(x, s.tokens_ST) for x in (stream.logits(s), exact))
+    assert loss.dtype == torch.float32
+    assert torch.allclose(loss, wanted, atol=0.1)
+
+
+# ------------------------------------------------------------------------------------------------- names of the bridge
+@pytest.mark.parametrize("family", BRIDGED, indirect=True)
+def test_the_grammar_knows_every_hook_with_a_row_per_token(family: str, home: Path, text: str) -> None:
+    stream = opened(TransformerLens(**options(home / family, text), hook="blocks.0.hook_out"))
+    model: Any = stream._model
+    other = ("hook_pattern", "hook_attn_scores", "hook_cos", "hook_sin", "hook_unembed")
+    for name in model._bridge.hook_dict:
+        if name.rsplit(".", 1)[-1] in other or name.startswith(("unembed", "rotary_emb")):
+            with pytest.raises(SourceError, match="no hook"):
+                check_hook(name)
+        else:
+            check_hook(name)
+
+
+@pytest.mark.parametrize(
+    ("hook", "nearest"),
+    [
+        ("blocks.1.hook_resid_pots", "blocks.1.hook_resid_post"),
+        ("blocks.1.mlp.hook_pots", "blocks.1.mlp.hook_post"),
+        ("block.0.hook_out", "blocks.0.hook_out"),
+        ("ln_final.hook_nrmalized", "ln_final.hook_normalized"),
+    ],
+)
+def test_a_misspelt_hook_does_not_compile(neox: str, text: str, hook: str, nearest: str) -> None:
+    with pytest.raises(SourceError, match=rf'no hook "{hook}" .*\(nearest: .*{nearest}'):
+        TransformerLens(**options(neox, text), hook=hook, d_model=16).facts()

@@ -188,3 +188,24 @@ def test_nothing_is_overwritten_and_options_are_checked(out: Path, tmp_path: Pat
         write_shards(stream, tmp_path / "t", 20, format="hdf5")
     with pytest.raises(SourceError, match="0 rows to harvest"):
         write_shards(stream, tmp_path / "t", 0)
+
+
+@pytest.mark.parametrize("error", [SourceError, KeyboardInterrupt])
+def test_a_harvest_that_fails_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    stream = Synthetic().open(0, torch.device("cpu"))
+    served = stream.next
+    left = [1]
+
+    def next_(n: int):  # type: ignore[no-untyped-def]
+        if not left:
+            raise error("the text ended")
+        left.pop()
+        assert (tmp_path / "out.partial").is_dir()
+        return served(n)
+
+    monkeypatch.setattr(stream, "next", next_)
+    with pytest.raises(error, match="the text ended"):
+        write_shards(stream, tmp_path / "out", 100, shard_bytes=50 * 64 * 4)
+    assert list(tmp_path.iterdir()) == []

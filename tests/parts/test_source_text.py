@@ -196,6 +196,23 @@ def test_a_dataset_that_cannot_be_opened_says_what_to_check(dataset: Path) -> No
         contents(open_text("", dataset=str(dataset), column="body"))
 
 
+@pytest.mark.parametrize("error", [ConnectionError, TimeoutError, ZeroDivisionError])
+def test_a_network_that_goes_away_names_the_row_and_the_way_on(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    import datasets
+
+    def rows():  # type: ignore[no-untyped-def]
+        yield {"text": "first"}
+        raise error("gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows())
+    documents = open_text("", dataset="a/b").read(0, 0, 0)
+    assert next(documents).content == "first"
+    with pytest.raises(SourceError, match=rf'dataset "a/b", split "train", row 1 .*{error.__name__}: gone .*resume'):
+        next(documents)
+
+
 # ------------------------------------------------------------------------------------------------------------ contexts
 class Listed:
     """Documents of token ids, one part, in the same order each epoch."""
@@ -230,6 +247,28 @@ def test_a_text_that_does_not_repeat_ends_with_its_last_whole_context() -> None:
     contexts = pack([[1, 2, 3], [4]], 4, repeat=False)
     assert contexts.take(5).tolist() == [[1, 2, 3, 0]]
     assert contexts.take(1).shape == (0, 4)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(any),
+    length=st.integers(2, 5),
+    before=st.integers(0, 4),
+)
+def test_contexts_of_one_epoch_are_those_of_the_endless_text(sizes: list[int], length: int, before: int) -> None:
+    documents = [[10 * i + j + 1 for j in range(n)] for i, n in enumerate(sizes)]
+    per_epoch = sum(n + 1 for n in sizes if n)
+    whole, cut = pack(documents, length), pack(documents, length)
+    for _ in range(before):
+        cut.take(99, one_epoch=True)
+    rows_ST = cut.take(99, one_epoch=True)
+    assert 1 <= len(rows_ST) <= per_epoch // length + 1
+    resumed = pack(documents, length)
+    resumed.load_state_dict(cut.state_dict())
+    assert torch.equal(resumed.take(99, one_epoch=True), cut.take(99, one_epoch=True))
+    endless = whole.take(99).tolist()
+    first = pack(documents, length).take(99, one_epoch=True).tolist()
+    assert first == endless[: len(first)]
+    assert len(first) * length >= min(per_epoch, length)
 
 
 @given(

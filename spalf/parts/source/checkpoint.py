@@ -56,6 +56,17 @@ def read_config(model: str, revision: str) -> Any | None:
         return None
 
 
+def fetch_config(model: str, revision: str) -> Any:
+    """The config, from the hub where it is not here. Raises SourceError where there is none to be had."""
+    from transformers import AutoConfig
+
+    name, is_local = locate(model)
+    try:
+        return AutoConfig.from_pretrained(name, revision=None if is_local else revision, local_files_only=is_local)
+    except (OSError, ValueError, KeyError) as e:
+        raise SourceError(f'model "{model}" cannot be loaded: {e}') from e
+
+
 @frozen(kw_only=True)
 class Costs:
     """What a config says about a language model. Parameters are counted without biases and norms.
@@ -71,6 +82,8 @@ class Costs:
     n_parameters: int
     per_layer: int
     d_mlp: int
+    max_context: int = 0
+    """Positions the model has; 0: not known, or no limit."""
 
     def flops(self, layers: int, context: int, unembed: bool) -> float:
         """FLOPs per token of the first `layers` blocks: 2 per parameter, and causal attention.
@@ -102,7 +115,13 @@ def costs_of_config(config: Any) -> Costs:
     tied = 1 if getattr(config, "tie_word_embeddings", False) else 2
     n_parameters = n_layers * per_layer + tied * n_vocab * d
     return Costs(
-        d_model=d, n_vocab=n_vocab, n_layers=n_layers, n_parameters=n_parameters, per_layer=per_layer, d_mlp=d_mlp
+        d_model=d,
+        n_vocab=n_vocab,
+        n_layers=n_layers,
+        n_parameters=n_parameters,
+        per_layer=per_layer,
+        d_mlp=d_mlp,
+        max_context=_first(text, "max_position_embeddings"),
     )
 
 

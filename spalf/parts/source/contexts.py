@@ -59,15 +59,18 @@ class Vocabulary:
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Groups for the tokenizer, which is faster on many at once; bounded in documents and in characters."""
+    """Groups for the tokenizer, which is faster on many at once; bounded in documents and in characters.
+
+    They double from one document on: whoever wants a first context alone does not wait for a whole group.
+    """
     batch: list[Document] = []
-    size = 0
+    size, most = 0, 1
     for document in documents:
         batch.append(document)
         size += len(document.content)
-        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+        if len(batch) == most or size >= BATCH_CHARACTERS:
             yield batch
-            batch, size = [], 0
+            batch, size, most = [], 0, min(2 * most, BATCH_DOCUMENTS)
     if batch:
         yield batch
 
@@ -88,11 +91,18 @@ class Contexts:
         self._rest: Ids = np.empty(0, dtype=np.int64)
         self._stream = self._read(0, 0, 0)
 
-    def take(self, n: int) -> Tensor:
-        """The next `n` contexts, int64 [n, T] on the CPU; fewer only at the end of a text that does not repeat."""
+    def take(self, n: int, *, one_epoch: bool = False) -> Tensor:
+        """The next `n` contexts, int64 [n, T] on the CPU; fewer only at the end of a text that does not repeat.
+
+        With `one_epoch` also fewer where the text starts over: the context that reaches into the next epoch is the
+        last one, and there is one at least.
+        """
         pieces: list[Ids] = []
-        missing = n * self._text
+        missing = n * self._text if self._advance() else 0
+        epoch = self._epoch
         while missing > 0 and self._advance():
+            if one_epoch and self._epoch > epoch:
+                missing %= self._text
             piece = self._rest[:missing]
             pieces.append(piece)
             missing -= len(piece)
@@ -130,7 +140,8 @@ class Contexts:
             if not any_text:
                 raise SourceError(
                     f'text "{self._documents.name}" has no document in this split '
-                    "(give it more documents, change held_out, or name held_out_from)"
+                    "(give it more documents, change held_out, or name held_out_from; "
+                    "a single document cannot be split: set held_out_from, or split the file)"
                 )
             if not self._repeat:
                 return

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -226,7 +226,7 @@ class Hub:
                 f'dataset "{self.dataset}", split "{self.split}", cannot be opened: {e} '
                 "(check dataset, config and split; without a network use text = a local path)"
             ) from e
-        for number, row in zip(itertools.count(index), rows.skip(index) if index else rows, strict=False):
+        for number, row in self._rows(rows.skip(index) if index else rows, index):
             text = row.get(self.column)
             if not isinstance(text, str):
                 raise SourceError(
@@ -235,14 +235,35 @@ class Hub:
                 )
             yield Document(part=0, index=number, key=text.encode("utf-8", "surrogatepass"), content=text)
 
+    def _rows(self, rows: Iterable[dict[str, Any]], start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Numbered rows. Raises SourceError where the next one cannot be fetched."""
+        iterator = iter(rows)
+        for number in itertools.count(start):
+            try:
+                row = next(iterator)
+            except StopIteration:
+                return
+            except Exception as e:  # requests, httpx, aiohttp, fsspec and pyarrow share no class below this one
+                raise SourceError(
+                    f'dataset "{self.dataset}", split "{self.split}", row {number} cannot be read: '
+                    f"{type(e).__name__}: {e} (when the network is back, resume the run from its last checkpoint: "
+                    "spalf resume RUN)"
+                ) from e
+            yield number, row
+
+
+def exactly_one(text: str, dataset: str) -> None:
+    """Raises SourceError unless exactly one of text and dataset is set."""
+    if bool(text) == bool(dataset):
+        both = "both are set" if text else "neither is set"
+        raise SourceError(f"a source reads either text or a dataset, and {both} (set text or dataset)")
+
 
 def open_documents(
     *, text: str, dataset: str, config: str, split: str, column: str, seed: int, end_of_text: int
 ) -> Documents:
     """The documents that a source's options name. Raises SourceError unless exactly one of text and dataset is set."""
-    if bool(text) == bool(dataset):
-        both = "both are set" if text else "neither is set"
-        raise SourceError(f"a source reads either text or a dataset, and {both} (set text or dataset)")
+    exactly_one(text, dataset)
     if dataset:
         return Hub(dataset=dataset, config=config, split=split, column=column)
     if text == "stdlib":

@@ -98,10 +98,7 @@ class Huggingface(LanguageOptions):
         return self.base_facts(costs, hook=hook, width=costs.d_model, layers=self.layer + 1)
 
     def open(self, seed: int, device: torch.device) -> Stream:
-        """Loads model and tokenizer. Raises SourceError where they, or the text, cannot be used."""
-        self.facts()  # a wrong layer or a contradiction is refused before the weights are loaded
-        loaded: Any = checkpoint.load_model(self.model, self.revision, self.torch_dtype(), device)
-        # The config is in the cache by now: a stated fact that it contradicts is refused here at the latest.
-        facts = self.facts()
-        vocabulary = self.vocabulary(facts.n_vocab, loaded.config)
+        """Reads a context of both splits, then loads the model. Raises SourceError where it or the text is unusable."""
+        facts, vocabulary = self.prepare(self.facts, seed)
+        loaded = checkpoint.load_model(self.model, self.revision, self.torch_dtype(), device)
         return LanguageStream(self, facts, ResidualModel(loaded, self.layer), vocabulary, seed=seed, device=device)

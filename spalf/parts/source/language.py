@@ -113,11 +113,9 @@ class LanguageStream:
         return Pool(self._open(purpose, held_out), seed=seed, size=min(most, self._options.pool))
 
     def _open(self, purpose: str, held_out: bool, repeat: bool | None = None) -> Contexts:
-        options = self._options
+        repeat = self._options.repeat if repeat is None else repeat
         seed = derive_seed(self._seed, purpose)
-        documents, keep = options.documents(seed, self._vocabulary.end_of_text, held_out)
-        repeat = options.repeat if repeat is None else repeat
-        return Contexts(documents, self._vocabulary, length=options.context, keep=keep, repeat=repeat)
+        return self._options.contexts(self._vocabulary, seed=seed, held_out=held_out, repeat=repeat)
 
     def next(self, n: int) -> Batch:
         return Batch(x_BD=self._blocks.next(n))
@@ -135,12 +133,14 @@ class LanguageStream:
         return Raw(x_STD.float() if x_STD.dtype != torch.float32 else x_STD.clone())
 
     def logits(self, sequences: Sequences, patch: Callable[[Raw], Raw] | None = None) -> Tensor:
+        """[S, T, V] in the model's dtype: `engine.language` widens a block at a time, a copy of all might not fit."""
+
         def patched(x_STD: Tensor) -> Tensor:
             assert patch is not None
             return patch(Raw(x_STD.float())).to(x_STD.dtype)
 
         wanted = None if patch is None else patched
-        return self._model.logits(sequences.tokens_ST, _mask(sequences), wanted).float()
+        return self._model.logits(sequences.tokens_ST, _mask(sequences), wanted)
 
     def unembedding(self) -> Raw:
         W_VD = self._model.unembedding()

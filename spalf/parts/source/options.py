@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast, dataclass_transform
+from collections.abc import Callable
+from typing import TypeVar, cast, dataclass_transform
 
 import attrs
 import torch
@@ -12,9 +13,9 @@ from attrs.validators import ge, gt, in_, lt
 from spalf.core.values import Facts
 from spalf.errors import SourceError
 from spalf.parts.source import checkpoint
-from spalf.parts.source.blocks import HELD_OUT_ROWS
-from spalf.parts.source.contexts import Vocabulary
-from spalf.parts.source.documents import Documents, Keep, is_held_out, open_documents
+from spalf.parts.source.blocks import HELD_OUT_ROWS, derive_seed
+from spalf.parts.source.contexts import Contexts, Vocabulary
+from spalf.parts.source.documents import Documents, Keep, exactly_one, is_held_out, open_documents
 
 C = TypeVar("C")
 
@@ -83,13 +84,25 @@ class LanguageOptions:
         """One document in this many is held out."""
         return max(2, round(1 / self.held_out))
 
+    def check_text(self) -> None:
+        """What the options alone say about the text; opens no file. Raises SourceError at a contradiction."""
+        exactly_one(self.text, self.dataset)
+        if self.held_out_from and self.held_out_from == (self.split if self.dataset else self.text):
+            raise SourceError(f'source.held_out_from = "{self.held_out_from}" is the training text (name another)')
+
     def costs(self) -> checkpoint.Costs:
         """From the config where there is one, else as stated. Raises SourceError where they differ or neither is."""
+        self.check_text()
         config = checkpoint.read_config(self.model, self.revision)
         if config is not None:
             costs = checkpoint.costs_of_config(config)
             checkpoint.same("n_vocab", self.n_vocab, costs.n_vocab)
             checkpoint.same("n_layers", self.n_layers, costs.n_layers)
+            if costs.max_context and self.context > costs.max_context:
+                raise SourceError(
+                    f'source.context = {self.context}, but model "{self.model}" has {costs.max_context} positions '
+                    "(lower source.context)"
+                )
             return costs
         if not (self.d_model and self.n_vocab):
             raise SourceError(
@@ -115,8 +128,9 @@ class LanguageOptions:
             shuffle=self.block_rows(),
         )
 
-    def vocabulary(self, size: int, config: Any) -> Vocabulary:
+    def vocabulary(self, size: int) -> Vocabulary:
         """Tokenizer and special ids. Raises SourceError where packing needs an id that the model does not have."""
+        config = checkpoint.fetch_config(self.model, self.revision)
         tokenizer = checkpoint.load_tokenizer(self.model, self.revision)
         end = getattr(tokenizer, "eos_token_id", None)
         if end is None:
@@ -128,6 +142,14 @@ class LanguageOptions:
         if self.bos and begin is None:
             raise SourceError(f'model "{self.model}" has no BOS token (set source.bos = false)')
         return Vocabulary(tokenizer=tokenizer, size=size, end_of_text=end, begin=begin)
+
+    def prepare(self, read_facts: Callable[[], Facts], seed: int) -> tuple[Facts, Vocabulary]:
+        """All that can be wrong without the weights, before they are loaded. Raises SourceError."""
+        vocabulary = self.vocabulary(read_facts().n_vocab)
+        # The config is in the cache by now: a stated fact that it contradicts is refused here at the latest.
+        facts = read_facts()
+        self.readable(vocabulary, seed)
+        return facts, vocabulary
 
     def documents(self, seed: int, end_of_text: int, held_out: bool) -> tuple[Documents, Keep]:
         """Documents in this seed's order, and which of them belong to the split."""
@@ -142,8 +164,27 @@ class LanguageOptions:
             end_of_text=end_of_text,
         )
         if self.held_out_from:
-            if self.held_out_from == (self.split if self.dataset else self.text):
-                raise SourceError(f'source.held_out_from = "{self.held_out_from}" is the training text (name another)')
             return documents, lambda key: True
         one_in = self.one_in()
         return documents, lambda key: is_held_out(key, one_in) == held_out
+
+    def contexts(self, vocabulary: Vocabulary, *, seed: int, held_out: bool, repeat: bool) -> Contexts:
+        """A split's contexts from the start, in this seed's order."""
+        documents, keep = self.documents(seed, vocabulary.end_of_text, held_out)
+        return Contexts(documents, vocabulary, length=self.context, keep=keep, repeat=repeat)
+
+    def readable(self, vocabulary: Vocabulary, seed: int) -> None:
+        """Reads the first context of both splits, and little more. Raises SourceError where a split has none."""
+        for held_out in (False, True):
+            split = "held-out" if held_out else "training"
+            try:
+                contexts = self.contexts(vocabulary, seed=derive_seed(seed, "rows"), held_out=held_out, repeat=False)
+                found = len(contexts.take(1))
+            except SourceError as e:
+                raise SourceError(f"{split} text: {e}") from e
+            if not found:
+                name = (held_out and self.held_out_from) or self.text or self.dataset
+                raise SourceError(
+                    f'{split} text "{name}" has fewer than source.context = {self.context} tokens '
+                    "(lower source.context, or give it more text)"
+                )

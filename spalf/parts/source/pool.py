@@ -17,7 +17,10 @@ from spalf.parts.source.contexts import Contexts
 
 
 class Pool:
-    """Contexts [S, T] in an order that is a function of (seed, pool number) within each pool."""
+    """Contexts [S, T] in an order that is a function of (seed, pool number) within each pool.
+
+    A pool ends with its epoch: a text shorter than a pool is not read over and over to fill one.
+    """
 
     def __init__(self, contexts: Contexts, *, seed: int, size: int) -> None:
         self._contexts, self._seed, self._size = contexts, seed, size
@@ -36,7 +39,7 @@ class Pool:
         missing = n
         while missing > 0:
             if self._tokens_ST is None:
-                tokens_ST = self._contexts.take(self._size)
+                tokens_ST = self._contexts.take(self._size, one_epoch=True)
                 draw = generator("pool", self._seed, self._pool)
                 self._tokens_ST = tokens_ST[torch.randperm(len(tokens_ST), generator=draw)]
             taken_ST = self._tokens_ST[self._offset : self._offset + missing]

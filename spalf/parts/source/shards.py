@@ -45,7 +45,8 @@ def write_shards(
 ) -> Path:
     """Write `rows` training rows of a stream, and held-out ones (a twentieth as many, if None), to the directory `out`.
 
-    All is written beside `out` and renamed when whole. Raises SourceError where `out` exists or an option is unknown.
+    All is written beside `out`, and renamed when whole or removed at a failure. Raises SourceError where `out` exists
+    or an option is unknown.
     """
     if format not in ("safetensors", "npy") or dtype not in DTYPES:
         raise SourceError(f'shards cannot be "{format}" of "{dtype}" (safetensors or npy; {", ".join(DTYPES)})')
@@ -56,6 +57,19 @@ def write_shards(
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        _write_all(stream, partial, rows, held_out=held_out, format=format, dtype=dtype, shard_bytes=shard_bytes)
+        partial.rename(out)
+    except BaseException:  # an interrupt too: shards without a manifest are of no use to anyone
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return out
+
+
+def _write_all(
+    stream: Stream, partial: Path, rows: int, *, held_out: int | None, format: str, dtype: str, shard_bytes: int
+) -> None:
+    """Shards, the unembedding and, last, the manifest in the directory `partial`."""
     facts = stream.facts
     as_dtype = cast(torch.dtype, getattr(torch, dtype))
     per_shard = max(1, shard_bytes // (facts.d_model * as_dtype.itemsize))
@@ -78,8 +92,6 @@ def write_shards(
         **listed,
     }
     _durably(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
-    partial.rename(out)
-    return out
 
 
 def _rows(stream: Stream, n: int, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ from spalf.core.slots import source
 from spalf.core.values import Facts
 from spalf.errors import SourceError
 from spalf.parts.source import checkpoint
+from spalf.parts.source.hooks import check_hook
 from spalf.parts.source.language import LanguageStream
 from spalf.parts.source.options import LanguageOptions
 
@@ -92,6 +93,7 @@ class TransformerLens(LanguageOptions):
     def facts(self) -> Facts:
         """From config.json or as stated; a hook off the residual stream needs d_model stated. Raises SourceError."""
         costs = self.costs()
+        check_hook(self.hook)
         block = re.match(r"blocks\.(\d+)\.", self.hook)
         layers = int(block.group(1)) + 1 if block else costs.n_layers
         if costs.n_layers and layers > costs.n_layers:
@@ -107,11 +109,9 @@ class TransformerLens(LanguageOptions):
         return self.base_facts(costs, hook=self.hook, width=width, layers=layers)
 
     def open(self, seed: int, device: torch.device) -> Stream:
-        """Loads model and tokenizer and tries the hook on two tokens. Raises SourceError."""
-        self.facts()
-        loaded: Any = checkpoint.load_model(self.model, self.revision, self.torch_dtype(), device)
-        facts = self.facts()
-        vocabulary = self.vocabulary(facts.n_vocab, loaded.config)
+        """Reads a context of both splits, loads the model and tries the hook on two tokens. Raises SourceError."""
+        facts, vocabulary = self.prepare(self.facts, seed)
+        loaded = checkpoint.load_model(self.model, self.revision, self.torch_dtype(), device)
         model = BridgeModel(loaded, vocabulary.tokenizer, self.hook, self.model, device)
         probe_ST = torch.full((1, 2), vocabulary.end_of_text, device=device)
         width = model.activations(probe_ST, None).shape[-1]
