@@ -46,8 +46,9 @@ if TYPE_CHECKING:
         Violations,
         White,
     )
+    from spalf.errors import CheckpointError, ComponentError, RecipeError, RunError, SourceError, SpalfError
     from spalf.hooks import hookimpl
-    from spalf.launch import load, resume, run
+    from spalf.launch import compile_recipe, evaluate, export, harvest, load, resume, run
 
 __version__ = "0.1.0"
 
@@ -60,8 +61,9 @@ _HOMES = {
     ),
     "spalf.core.state": "Anchor ControlState Learner TrainingState",
     "spalf.core.values": ("Batch Clock Code Facts Forward Machine Raw Reading Sequences Signal View Violations White"),
+    "spalf.errors": "CheckpointError ComponentError RecipeError RunError SourceError SpalfError",
     "spalf.hooks": "hookimpl",
-    "spalf.launch": "load resume run",
+    "spalf.launch": "compile_recipe evaluate export harvest load resume run",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -71,8 +73,10 @@ __all__ = [
     "Autoencoder",
     "Batch",
     "Budget",
+    "CheckpointError",
     "Clock",
     "Code",
+    "ComponentError",
     "ComponentRef",
     "ControlState",
     "Derived",
@@ -87,9 +91,13 @@ __all__ = [
     "Raw",
     "Reading",
     "Recipe",
+    "RecipeError",
     "Record",
+    "RunError",
     "Sequences",
     "Signal",
+    "SourceError",
+    "SpalfError",
     "Stream",
     "TrainingState",
     "View",
@@ -97,12 +105,16 @@ __all__ = [
     "White",
     "__version__",
     "activation",
+    "compile_recipe",
     "constraint",
     "dual",
+    "evaluate",
     "evaluator",
+    "export",
     "filter",
     "from_knob",
     "gate",
+    "harvest",
     "hookimpl",
     "kernel",
     "lagrangian",

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +20,11 @@ from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
 from spalf.engine import checkpoint
 from spalf.engine import evaluate as measuring
-from spalf.engine.build import build
+from spalf.engine.build import build, unopened
 from spalf.engine.examples import FeatureExample, examples
-from spalf.engine.run import Run
+from spalf.engine.run import Interrupt, Run, stopping
 from spalf.engine.summary import summarize
-from spalf.errors import CheckpointError, DivergedError, Problem, RecipeError, RunError
+from spalf.errors import CheckpointError, DivergedError, Problem, RecipeError, RunError, SpalfError
 from spalf.record import Recorder, write_json
 
 OVERRIDABLE = ("record", "budget.tokens", "kernel", "evaluator")
@@ -106,7 +103,7 @@ def resume(
     """Go on from the newest (or the named) checkpoint of a run. Only record, budget.tokens, kernel and evaluator may be
     overridden.
 
-    Raises CheckpointError where there is nothing to go on from.
+    Raises CheckpointError where there is nothing to go on from, RecipeError where the budget is below what is done.
     """
     manager, _ = plugins.load()
     at, plan, text = _plan_at(path, checkpoint, sets)
@@ -141,11 +138,16 @@ def evaluate(
 
 
 def export(path: str | Path, out: str | Path, *, dtype: str = "float32") -> Path:
-    """Write the dictionary with the whitening folded in: it takes and gives raw activations."""
+    """Write the dictionary with the whitening folded in: it takes and gives raw activations.
+
+    Needs the checkpoint alone: neither the source's model nor its text.
+    """
     from spalf.engine import export as exporting
 
-    loaded = load(path, device="cpu")
-    return exporting.export(loaded.plan, loaded.state, Path(out), dtype)
+    at, plan, _ = _plan_at(path, None, (), closed=True)
+    state = build(plan, torch.device("cpu"), unopened(plan.facts))
+    checkpoint.load(at, plan, state)
+    return exporting.export(plan, state, Path(out), dtype)
 
 
 def harvest(
@@ -174,17 +176,21 @@ def _device(name: str) -> torch.device:
     """Raises RecipeError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RecipeError([Problem("--device", f"{name!r} is not a device", "use auto, cpu or cuda")]) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError([Problem("--device", f"{name!r} is not available here", "use auto or cpu")])
-    return device
+    kind, _, index = name.partition(":")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
+        raise RecipeError([Problem("--device", f"{name!r} is not a device", "use auto, cpu, cuda or cuda:<number>")])
+    count = torch.cuda.device_count() if kind == "cuda" and torch.cuda.is_available() else 0
+    if kind == "cuda" and int(index or 0) >= count:
+        has = f"there are {count} CUDA devices" if count else "use auto or cpu"
+        raise RecipeError([Problem("--device", f"{name!r} is not available here", has)])
+    return torch.device(name)
 
 
-def _plan_at(path: str | Path, name: str | None, sets: Sequence[str]) -> tuple[Path, Plan, str]:
-    """The checkpoint that `path` means, its plan with `sets` applied, and that plan's recipe as text."""
+def _plan_at(path: str | Path, name: str | None, sets: Sequence[str], closed: bool = False) -> tuple[Path, Plan, str]:
+    """The checkpoint that `path` means, its plan with `sets` applied, and that plan's recipe as text.
+
+    With `closed` the facts are the checkpoint's own, and the source is not asked for them.
+    """
     _, registry = plugins.load()
     at = checkpoint.find(Path(path), name)
     _refuse_missing(at, registry)
@@ -193,7 +199,8 @@ def _plan_at(path: str | Path, name: str | None, sets: Sequence[str]) -> tuple[P
     ]
     if refused:
         raise RecipeError(refused)
-    plan = compiler.compile(toml.read(at / "recipe.toml", sets), registry)
+    facts = checkpoint.facts(at) if closed else None
+    plan = compiler.compile(toml.read(at / "recipe.toml", sets), registry, facts)
     return at, plan, _text(plan, registry)
 
 
@@ -236,34 +243,46 @@ def _train(started: Run, manager: Any, observers: Sequence[object], stop_at: int
     for observer in (recorder, *observers):
         manager.register(observer)
     try:
-        with _stopping(started):
-            outcome = started.train(stop_at)
-    except DivergedError as e:
-        recorder.write_summary(
-            {
-                "name": started.plan.recipe.name,
-                "outcome": "diverged",
-                "notes": [str(e)],
-                "step": started.state.clock.step,
-            }
-        )
+        with stopping(started):
+            return _finish(started, recorder, _outcome(started, stop_at))
+    except Interrupt:
+        return _stopped(started, recorder)
+    except Exception as e:
+        outcome = "diverged" if isinstance(e, DivergedError) else "failed"
+        said = str(e) if isinstance(e, SpalfError) else f"{type(e).__name__}: {e}"
+        recorder.write_summary({**_ending(started, outcome), "notes": [said]})
         raise
-    except torch.OutOfMemoryError as e:
-        first = re.split(r"(?<=\.)\s", str(e), maxsplit=1)[0]
-        raise RunError(f"out of device memory: {first} (lower budget.batch, knobs.F or source.sequences)") from e
     finally:
         for observer in (recorder, *observers):
             manager.unregister(observer)
-    return _finish(started, recorder, outcome)
+
+
+def _outcome(started: Run, stop_at: int | None) -> str:
+    """Train. Raises RunError where the device's memory is full, else what a run raises."""
+    try:
+        return started.train(stop_at)
+    except torch.OutOfMemoryError as e:
+        first = re.split(r"(?<=\.)\s", str(e), maxsplit=1)[0]
+        raise RunError(f"out of device memory: {first} (lower budget.batch, knobs.F or source.sequences)") from e
+
+
+def _ending(ended: Run, outcome: str) -> dict[str, Any]:
+    clock = ended.state.clock
+    return {"name": ended.plan.recipe.name, "outcome": outcome, "step": clock.step, "phase": clock.phase}
+
+
+def _stopped(ended: Run, recorder: Recorder) -> Result:
+    """A stopped run says only where; it is measured when it has been resumed to its end."""
+    summary = _ending(ended, "stopped")
+    recorder.write_summary(summary)
+    return Result(directory=ended.directory, outcome="stopped", summary=summary, examples=[])
 
 
 def _finish(ended: Run, recorder: Recorder, outcome: str) -> Result:
-    """Measure a finished run; a stopped one says only where it stopped."""
+    """Measure a finished run, unless it was asked to stop."""
+    if outcome != "done" or ended.asked_to_stop:
+        return _stopped(ended, recorder)
     plan, state = ended.plan, ended.state
-    if outcome != "done":
-        summary = {"name": plan.recipe.name, "outcome": outcome, "step": state.clock.step, "phase": state.clock.phase}
-        recorder.write_summary(summary)
-        return Result(directory=ended.directory, outcome=outcome, summary=summary, examples=[])
     with ended.timed("evaluate"):
         summary = summarize(plan, state, outcome, ended.wall)
         shown = examples(plan, state)
@@ -271,27 +290,6 @@ def _finish(ended: Run, recorder: Recorder, outcome: str) -> Result:
     recorder.write_summary(summary)
     write_json(ended.directory / "features.json", shown)
     return Result(directory=ended.directory, outcome=outcome, summary=summary, examples=shown)
-
-
-@contextmanager
-def _stopping(running: Run) -> Iterator[None]:
-    """SIGTERM and SIGINT ask for a checkpoint and an end; a second one is taken at its word."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def ask(number: int, _: object) -> None:
-        running.stop()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for s in before:
-        signal.signal(s, ask)
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
 
 
 __all__ = ["Loaded", "Result", "compile_recipe", "evaluate", "export", "harvest", "load", "resume", "run"]

@@ -144,7 +144,15 @@ def test_a_source_that_cannot_be_opened_writes_nothing(recipe: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     ("device", "said"),
-    [("gpu", "'gpu' is not a device"), ("cuda:0", "'cuda:0' is not available here"), ("cuda", "not available")],
+    [
+        ("gpu", "'gpu' is not a device"),
+        ("mps", "'mps' is not a device"),
+        ("meta", "'meta' is not a device"),
+        ("cpu:0", "'cpu:0' is not a device"),
+        ("cuda:-1", "'cuda:-1' is not a device"),
+        ("cuda:0", "'cuda:0' is not available here"),
+        ("cuda", "not available"),
+    ],
 )
 def test_a_device_that_is_not_there(
     recipe: Path, tmp_path: Path, device: str, said: str, monkeypatch: pytest.MonkeyPatch
@@ -154,6 +162,14 @@ def test_a_device_that_is_not_there(
         launch.run(recipe, out=tmp_path, device=device)
     assert list(tmp_path.iterdir()) == []
     assert launch._device("auto") == torch.device("cpu")
+
+
+def test_a_device_s_number_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert launch._device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(RecipeError, match=r"--device: 'cuda:2' is not available here \(there are 2 CUDA devices\)"):
+        launch._device("cuda:2")
 
 
 # ------------------------------------------------------------------------------------------------------------- endings
@@ -185,7 +201,8 @@ def test_a_diverged_run_says_so_in_its_summary(recipe: Path, tmp_path: Path) -> 
     with pytest.raises(DivergedError) as caught:
         run(recipe, tmp_path, observers=[At(5, poison)])
     summary = json.loads((tmp_path / "toy" / "summary.json").read_text())
-    assert summary == {"name": "toy", "outcome": "diverged", "notes": [str(caught.value)], "step": 6}
+    notes = [str(caught.value)]
+    assert summary == {"name": "toy", "outcome": "diverged", "notes": notes, "step": 6, "phase": "fit"}
 
 
 def test_a_dead_constraint_stops_the_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +213,9 @@ def test_a_dead_constraint_stops_the_run(recipe: Path, tmp_path: Path, monkeypat
     with pytest.raises(DeadConstraintError, match='term "l0": the value depends on no parameter'):
         run(recipe, tmp_path)
     assert checkpoint.find(tmp_path / "toy").name == "spalf_calibrate_step0", "calibration is not lost"
+    summary = json.loads((tmp_path / "toy" / "summary.json").read_text())
+    assert (summary["outcome"], summary["step"], summary["phase"]) == ("failed", 0, "fit")
+    assert "the value depends on no parameter" in summary["notes"][0]
 
 
 def test_running_out_of_memory_has_a_remedy(recipe: Path, tmp_path: Path) -> None:
@@ -204,6 +224,16 @@ def test_running_out_of_memory_has_a_remedy(recipe: Path, tmp_path: Path) -> Non
 
     with pytest.raises(RunError, match=r"^out of device memory: CUDA out of memory\. \(lower budget.batch, knobs.F or"):
         run(recipe, tmp_path, observers=[At(3, full)])
+    summary = json.loads((tmp_path / "toy" / "summary.json").read_text())
+    assert (summary["outcome"], summary["step"]) == ("failed", 3)
+    assert summary["notes"][0].startswith("out of device memory: ")
+
+
+def test_a_fault_is_in_the_summary_with_its_kind(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(recipe, tmp_path, observers=[At(3, lambda _: 1 // 0)])
+    summary = json.loads((tmp_path / "toy" / "summary.json").read_text())
+    assert (summary["outcome"], summary["notes"][0].split(":")[0]) == ("failed", "ZeroDivisionError")
 
 
 # ------------------------------------------------------------------------------------------------------------- signals
@@ -226,6 +256,30 @@ def test_a_signal_asks_and_a_second_one_insists(recipe: Path, tmp_path: Path, nu
         signal.signal(number, mine)
     assert (result.outcome, result.summary["step"]) == ("stopped", 4)
     assert {s: signal.getsignal(s) for s in before} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_closing_evaluation_stops_it(
+    recipe: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "summarize", lambda *_: signal.raise_signal(number))
+        result = run(recipe, tmp_path)
+    assert signal.getsignal(number) == before
+    assert (result.outcome, result.summary["step"]) == ("stopped", 20)
+    assert json.loads((result.directory / "summary.json").read_text()) == result.summary
+    resumed = launch.resume(result.directory, device="cpu")
+    assert (resumed.outcome, resumed.summary["step"]) == ("done", 20)
+
+
+def test_a_signal_at_the_last_step_spares_the_evaluation(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "summarize", lambda *_: pytest.fail("a run that was asked to stop went on"))
+    last = At(20, lambda _: signal.raise_signal(signal.SIGTERM))
+    result = run(recipe, tmp_path, observers=[last])
+    assert (result.outcome, result.summary["step"]) == ("stopped", 20)
 
 
 def test_no_handlers_outside_the_main_thread(recipe: Path, tmp_path: Path) -> None:
@@ -266,6 +320,29 @@ def test_a_missing_plugin_is_named_with_its_distribution(recipe: Path, tmp_path:
 )
 def test_what_may_be_overridden(assignment: str, allowed: bool) -> None:
     assert launch._allowed(assignment) is allowed
+
+
+def test_a_budget_below_what_is_done_is_refused_before_the_build(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = run(recipe, tmp_path, stop_at=15).directory
+    before = listing(directory)
+    monkeypatch.setattr("spalf.engine.run.build", lambda *_: pytest.fail("built for nothing"))
+    with pytest.raises(
+        RecipeError, match=r"^budget: asks for 10 steps in all, but 15 are done \(raise budget.tokens\)$"
+    ):
+        launch.resume(directory, sets=["budget.tokens=1280"], device="cpu")
+    assert listing(directory) == before
+
+
+def test_one_bad_checkpoint_does_not_stand_in_the_way(recipe: Path, tmp_path: Path) -> None:
+    directory = run(recipe, tmp_path, stop_at=10).directory
+    bad = directory / "checkpoints" / "spalf_fit_step11"
+    bad.mkdir()
+    (bad / "metadata.json").write_bytes(b"\xff\xfe")
+    assert launch.resume(directory, device="cpu").outcome == "done"
+    with pytest.raises(CheckpointError, match=r"spalf_fit_step11.metadata\.json: cannot be read"):
+        launch.resume(bad, device="cpu")
 
 
 def test_resume_applies_what_it_allows(recipe: Path, tmp_path: Path) -> None:
@@ -317,6 +394,16 @@ def test_export_reconstructs_raw_activations(done: Path, tmp_path: Path) -> None
     p_BF = x_BD @ weights["W_enc"].T + weights["b_enc"]
     hat_BD = torch.where(p_BF > weights["threshold"], p_BF, 0.0) @ weights["W_dec"] + weights["b_dec"]
     assert torch.allclose(hat_BD, reconstructor(loaded.state)(x_BD).detach(), atol=1e-4)
+
+
+def test_export_needs_neither_model_nor_text(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spalf.parts.source.synthetic import Synthetic
+
+    usual = launch.export(done, tmp_path / "usual")
+    for name in ("open", "facts"):
+        monkeypatch.setattr(Synthetic, name, lambda *_: pytest.fail("the source was asked"))
+    closed = launch.export(done, tmp_path / "closed")
+    assert listing(usual) == listing(closed)
 
 
 def test_harvest_writes_what_the_activations_source_reads(recipe: Path, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +48,7 @@ class ControlState:
 
 @define(kw_only=True, eq=False)
 class Learner:
-    """Owns the parameters, their moments and the update: the only place where a parameter changes."""
+    """Owns the parameters, their moments and the update: the only place where training changes a parameter."""
 
     sae: Autoencoder
     optimizer: torch.optim.Optimizer
@@ -57,7 +58,7 @@ class Learner:
     """Each parameter group's learning rate before scaling."""
 
     def descend(self, loss: Tensor, clock: Clock, rate: float = 1.0) -> None:
-        """Backward, projection of the gradient, the optimizer's step at `rate` of its schedule, projection of the rows."""
+        """Backward, the gradient's projection, the optimizer's step at `rate` of its schedule, the rows' projection."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         factor = rate * self.rule.scale(clock)
@@ -87,23 +88,53 @@ class Learner:
             act(self.strata[name], rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters, buffers and moments by parameter name, flat."""
+        """Parameters, buffers and moments by parameter name, flat; `moments` lists the latter.
+
+        The list is what tells a moment that was lost from one that never was: a parameter without a gradient so far,
+        or one that its activation does not use, has none.
+        """
         out: dict[str, Any] = {f"model.{k}": v for k, v in self.sae.state_dict().items()}
+        moments: dict[str, Any] = {}
         for name, parameter in self.sae.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                out[f"optimizer.{name}.{key}"] = value
-        return out
+                if value is not None:
+                    moments[f"optimizer.{name}.{key}"] = value
+        return {**out, **moments, "moments": " ".join(sorted(moments))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Pour `state_dict` back; a moment that is not in `state` is dropped."""
+        """Pour `state_dict` back; a moment that it does not list is dropped.
+
+        Raises ValueError that names every leaf of no parameter, every lost moment and every wrong shape.
+        """
+        problems = list(self._misfits(state))
         model = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-        self.sae.load_state_dict(model, strict=True)
+        try:
+            self.sae.load_state_dict(model, strict=True)
+        except RuntimeError as e:
+            problems.append(str(e))
+        if problems:
+            raise ValueError("; ".join(problems))
         for name, parameter in self.sae.named_parameters():
             prefix = f"optimizer.{name}."
             moments = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             self.optimizer.state.pop(parameter, None)
             if moments:
                 self.optimizer.state[parameter] = {k: self._placed(v, parameter) for k, v in moments.items()}
+
+    def _misfits(self, state: Mapping[str, Any]) -> Iterator[str]:
+        """What is wrong with the leaves of `state` that are not the model's."""
+        parameters = dict(self.sae.named_parameters())
+        held = {k: v for k, v in state.items() if not k.startswith("model.") and k != "moments"}
+        for key, value in held.items():
+            kind, _, name = key.rpartition(".")[0].partition(".")
+            parameter = parameters.get(name) if kind == "optimizer" else None
+            if parameter is None:
+                yield f"{key}: belongs to no parameter of this recipe"
+            elif isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                yield f"{key}: has shape {tuple(value.shape)}, its parameter's is {tuple(parameter.shape)}"
+        listed = set(str(state["moments"]).split())
+        yield from (f"{key}: missing" for key in sorted(listed - held.keys()))
+        yield from (f"{key}: was not saved with the rest" for key in sorted(held.keys() - listed))
 
     def _placed(self, value: Any, parameter: Tensor) -> Any:
         """A moment where the optimizer wants it: plain Adam counts steps on the CPU, a fused one on the device."""
@@ -115,21 +146,24 @@ class Learner:
 
 @define(kw_only=True, eq=False)
 class Rng:
-    """The generators that training draws from: one on the CPU, one on the device."""
+    """The generator that training draws from, on the device."""
 
-    cpu: torch.Generator
     device: torch.Generator
 
     def state_dict(self) -> dict[str, Any]:
-        """Generator states as base64 text, for JSON."""
-        return {
-            name: base64.b64encode(bytes(g.get_state().tolist())).decode()
-            for name, g in (("cpu", self.cpu), ("device", self.device))
-        }
+        """The generator's state as base64 text, for JSON."""
+        return {"device": base64.b64encode(bytes(self.device.get_state().tolist())).decode()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, g in (("cpu", self.cpu), ("device", self.device)):
-            g.set_state(torch.tensor(list(base64.b64decode(state[name])), dtype=torch.uint8))
+        """Bit-exact on one kind of device; on another the draws go on from a seed that is a function of the state.
+
+        A CPU's generator has 5056 bytes of state and a CUDA device's 16, and neither can continue the other.
+        """
+        saved = base64.b64decode(state["device"], validate=True)
+        if len(saved) == self.device.get_state().numel():
+            self.device.set_state(torch.tensor(list(saved), dtype=torch.uint8))
+        else:
+            self.device.manual_seed(int.from_bytes(blake2b(saved, digest_size=8).digest(), "big") >> 1)
 
 
 @define(kw_only=True, eq=False)
@@ -148,7 +182,7 @@ class TrainingState:
     silent_F: Tensor
     """Activations since each feature last fired, int64: what "dead" is judged by."""
     measured: dict[str, float]
-    """Numbers calibrated on the way (covariance tokens, alpha, baseline losses), by name."""
+    """Numbers calibrated on the way (covariance tokens, alpha, budgets), by name."""
 
     @property
     def sae(self) -> Autoencoder:

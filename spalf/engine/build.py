@@ -2,24 +2,54 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from typing import Any, cast
 
-from spalf.core.protocols import Metric
+import torch
+from attrs import frozen
+
+from spalf.core.protocols import Metric, Stream
 from spalf.core.recipe import Plan
 from spalf.core.state import Learner, Rng, TrainingState
 from spalf.core.tree import to
-from spalf.core.values import Clock, Machine
+from spalf.core.values import Clock, Facts, Machine
 from spalf.engine import control
+from spalf.errors import SourceError
 from spalf.nn import StratifiedAutoencoder
 
 
-def build(plan: Plan, device: torch.device) -> TrainingState:
+@frozen(kw_only=True)
+class Unopened:
+    """The stream of a state that is only looked at: it knows the facts, and a cursor poured into it is dropped.
+
+    Anything else that is asked of it raises SourceError.
+    """
+
+    facts: Facts
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes any cursor: there is nothing to place."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise SourceError(f"stream.{name}: this state was built without its source (build it without `stream`)")
+
+
+def unopened(facts: Facts) -> Stream:
+    """A stream for `build` that needs neither model nor data."""
+    return cast(Stream, Unopened(facts=facts))
+
+
+def build(plan: Plan, device: torch.device, stream: Stream | None = None) -> TrainingState:
     """A state of the right shapes at step 0 of the first phase; the phases fill in the numbers.
 
-    Opens the source, hence raises SourceError where it cannot be read.
+    Opens the source where no `stream` is given, hence raises SourceError where it cannot be read.
     """
     recipe = plan.recipe
-    stream = recipe.source.open(recipe.seed, device)
+    if stream is None:
+        stream = recipe.source.open(recipe.seed, device)
     metric = recipe.whitener.build(plan.facts)
     sae = StratifiedAutoencoder(
         plan.facts.d_model,
@@ -52,7 +82,8 @@ def build(plan: Plan, device: torch.device) -> TrainingState:
 
 
 def _rng(seed: int, device: torch.device) -> Rng:
-    return Rng(cpu=torch.Generator().manual_seed(seed), device=torch.Generator(device).manual_seed(seed + 1))
+    # Not the recipe's seed itself: the source draws from that.
+    return Rng(device=torch.Generator(device).manual_seed(seed + 1))
 
 
 def _on(metric: Metric, device: torch.device) -> Metric:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from attrs import asdict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,13 +21,14 @@ from torch import Tensor
 from spalf.core.recipe import Plan
 from spalf.core.state import Anchor, TrainingState
 from spalf.core.tree import Leaf, flatten, restore, to
-from spalf.core.values import Raw
+from spalf.core.values import Facts, Raw
 from spalf.errors import CheckpointError, DivergedError
 
 FORMAT = 1
 FILES: tuple[tuple[str, str], ...] = (
     ("learner.model.", "model"),
     ("learner.optimizer.", "optimizer"),
+    ("learner.moments", "metadata"),
     ("metric.", "tensors"),
     ("anchors.", "tensors"),
     ("control.", "control"),
@@ -38,6 +40,9 @@ FILES: tuple[tuple[str, str], ...] = (
     ("measured.", "metadata"),
 )
 """Which file a leaf goes to, by the beginning of its path. Scalars go to metadata.json, whatever their prefix."""
+
+REQUIRED: Mapping[str, type] = {"format": int, "phase": str, "step": int, "components": dict, "scalars": dict}
+"""Keys without which a metadata.json of this format is no use, with their types."""
 
 
 def _file_of(path: str) -> str:
@@ -110,6 +115,7 @@ def _metadata(
         "F": plan.knobs.F,
         "hook": plan.facts.hook,
         "model": plan.facts.model,
+        "facts": {**asdict(plan.facts), "provides": sorted(plan.facts.provides)},
         "backend": state.sae.machine.ops.name,
         "device": str(state.device),
         "components": dict(plan.origins),
@@ -135,7 +141,8 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file, or a directory's names, to disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -146,27 +153,42 @@ def _sync(path: Path) -> None:
 def _swap(draft: Path, target: Path) -> None:
     """Give `draft` its final name; a whole directory stands under some name at every moment."""
     for file in draft.iterdir():
-        _sync(file)
-    _sync(draft)
+        sync(file)
+    sync(draft)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     draft.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def all_in(directory: Path) -> list[Path]:
-    """Whole checkpoints below `directory`, oldest first. Puts back one whose replacement was cut short."""
+    """Whole checkpoints below `directory`, oldest first. Puts back one whose replacement was cut short.
+
+    One whose metadata cannot be read is left out, so that it does not stand in the way of the others.
+    """
     if not directory.is_dir():
         return []
     for old in directory.glob(".*.old"):
         target = directory / old.name.removeprefix(".").removesuffix(".old")
         if not target.exists() and (old / "metadata.json").exists():
             old.rename(target)
-    found = [p for p in directory.iterdir() if not p.name.startswith(".") and (p / "metadata.json").is_file()]
-    return sorted(found, key=lambda p: (metadata(p).get("serial", 0), p.stat().st_mtime))
+    found: list[tuple[int, float, Path]] = []
+    for path in directory.iterdir():
+        if not path.name.startswith(".") and (path / "metadata.json").is_file():
+            try:
+                found.append((serial(path), path.stat().st_mtime, path))
+            except CheckpointError:
+                continue
+    return [path for *_, path in sorted(found)]
+
+
+def serial(path: Path) -> int:
+    """The place of a checkpoint in its run's order of writing; 0 for one of another format that has none."""
+    number = metadata(path).get("serial", 0)
+    return number if isinstance(number, int) else 0
 
 
 def find(path: Path, name: str | None = None) -> Path:
@@ -190,11 +212,28 @@ def find(path: Path, name: str | None = None) -> Path:
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """metadata.json of a checkpoint. Raises CheckpointError where it cannot be read."""
+    """metadata.json of a checkpoint. Raises CheckpointError where it cannot be read or is not one of this format."""
+    file = path / "metadata.json"
     try:
-        return cast(dict[str, Any], json.loads((path / "metadata.json").read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError) as e:
-        raise CheckpointError(f"{path / 'metadata.json'}: cannot be read: {e}") from e
+        meta = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:  # ValueError: no JSON, or no UTF-8
+        raise CheckpointError(f"{file}: cannot be read: {e}") from e
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{file}: holds a {type(meta).__name__}, not a table")
+    if meta.get("format", FORMAT) == FORMAT:  # another format's keys are not known here; `load` refuses it
+        bad = [key for key, kind in REQUIRED.items() if not isinstance(meta.get(key), kind)]
+        if bad:
+            raise CheckpointError(f"{file}: lacks {', '.join(bad)}, or has another type there")
+    return meta
+
+
+def facts(path: Path) -> Facts:
+    """What the source of a checkpoint's run knew. Raises CheckpointError where it does not say."""
+    held = metadata(path).get("facts")
+    try:
+        return Facts(**{**held, "provides": frozenset(held["provides"])})  # type: ignore[index,dict-item]
+    except (TypeError, KeyError) as e:
+        raise CheckpointError(f"{path / 'metadata.json'}: facts: {e}") from e
 
 
 def load(path: Path, plan: Plan, state: TrainingState) -> dict[str, Any]:
@@ -223,7 +262,9 @@ def _shape_like(plan: Plan, state: TrainingState, flat: Mapping[str, Leaf]) -> N
     if phase not in plan.recipe.phase:
         raise CheckpointError(f"the checkpoint was taken in phase {phase!r}, which this recipe does not have")
     state.phase = to(plan.recipe.phase[cast(str, phase)].init(plan), state.device)
+    whole = ("directions_AD", "ids_A")
     names = {k.split(".")[1] for k in flat if k.startswith("anchors.")}
+    names = {n for n in names if all(isinstance(flat.get(f"anchors.{n}.{part}"), Tensor) for part in whole)}
     empty = torch.zeros(0, device=state.device)
     state.anchors = {
         n: Anchor(

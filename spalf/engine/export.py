@@ -21,7 +21,7 @@ from spalf.core.recipe import Plan
 from spalf.core.slots import label
 from spalf.core.state import TrainingState
 from spalf.core.values import Raw, White
-from spalf.engine.checkpoint import versions
+from spalf.engine.checkpoint import sync, versions
 from spalf.errors import CheckpointError
 
 FORMAT = "spalf.dictionary.1"
@@ -81,11 +81,11 @@ def export(plan: Plan, state: TrainingState, directory: Path, dtype: str = "floa
     save_file(tensors, drafts[weights], metadata={"format": FORMAT})
     drafts[config].write_text(json.dumps(_config(plan, state, dtype), indent=1) + "\n", encoding="utf-8")
     for draft in drafts.values():
-        _sync(draft)
+        sync(draft)
     config.unlink(missing_ok=True)
     for path, draft in drafts.items():
         draft.replace(path)
-    _sync(directory)
+    sync(directory)
     return directory
 
 
@@ -105,11 +105,3 @@ def _config(plan: Plan, state: TrainingState, dtype: str) -> dict[str, Any]:
         "step": state.clock.step,
         "versions": versions(),
     }
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

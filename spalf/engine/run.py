@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -19,9 +21,13 @@ from spalf.core.tree import to
 from spalf.core.values import Batch, Reading
 from spalf.engine import checkpoint
 from spalf.engine.build import build
-from spalf.errors import CheckpointError, DivergedError, RunError
+from spalf.errors import CheckpointError, DivergedError, Problem, RecipeError
 
 ASK_EVERY = 10  # steps between asking a gate, which waits for the device
+
+
+class Interrupt(BaseException):
+    """A signal that came when no step was left to stop after. Not an Exception, which an evaluator may catch."""
 
 
 class TimedStream:
@@ -78,21 +84,30 @@ class Run:
     def resume(cls, plan: Plan, path: Path, *, device: torch.device, hooks: Any, recipe_text: str) -> Run:
         """The run that wrote the checkpoint at `path`, at the step where it was written.
 
-        Raises CheckpointError where `path` does not lie in a run directory, which could not be told where to write.
+        Raises CheckpointError where `path` does not lie in a run directory, which could not be told where to write,
+        and RecipeError where the plan's budget is below what is done; both before anything is built.
         """
         path = path if len(path.parts) > 2 else path.absolute()
         if path.parent.name != "checkpoints":
             raise CheckpointError(f"{path}: lies in no run directory (move it to <run>/checkpoints/{path.name})")
+        done = int(checkpoint.metadata(path)["step"])
+        if plan.total_steps < done:
+            message = f"asks for {plan.total_steps} steps in all, but {done} are done"
+            raise RecipeError([Problem("budget", message, "raise budget.tokens")])
         run = cls.start(plan, path.parent.parent, device=device, hooks=hooks, recipe_text=recipe_text)
         meta = checkpoint.load(path, plan, run.state)
         # An overridden budget moves the end of the run, and nothing else.
-        run.state.clock = _with_total(run.state, plan.total_steps)
+        run.state.clock = evolve(run.state.clock, total=plan.total_steps)
         run.wall.update({k: float(v) for k, v in meta.get("wall", {}).items() if k != "build"})
         run.readings = int(meta.get("readings", 0))
         # Of all checkpoints, not of this one: what is written from here on is newer than what an older end left.
-        run._serial = max(int(checkpoint.metadata(p)["serial"]) for p in checkpoint.all_in(path.parent))
+        run._serial = max(map(checkpoint.serial, checkpoint.all_in(path.parent)), default=0)
         run._enter = False
         return run
+
+    @property
+    def asked_to_stop(self) -> bool:
+        return self._stop
 
     def stop(self) -> None:
         """Ask for a checkpoint and an end after the step that is being taken. Safe to call from a signal handler."""
@@ -195,10 +210,30 @@ def _finite(value: Tensor) -> bool:
     return bool(torch.isfinite(value)) if value.is_floating_point() else True
 
 
-def _with_total(state: TrainingState, total: int) -> Any:
-    if total < state.clock.step:
-        raise RunError(f"budget: asks for {total} steps in all, but {state.clock.step} are done (raise budget.tokens)")
-    return evolve(state.clock, total=total)
+@contextmanager
+def stopping(run: Run) -> Iterator[None]:
+    """SIGTERM and SIGINT ask for a checkpoint and an end; a second one is taken at its word.
+
+    Once training is over there is nothing left to save: the block is left by Interrupt.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, _: object) -> None:
+        run.stop()
+        signal.signal(number, before[signal.Signals(number)])
+        if run.outcome != "running":
+            raise Interrupt
+
+    for s in before:
+        signal.signal(s, ask)
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 @contextmanager

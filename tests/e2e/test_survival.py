@@ -111,7 +111,7 @@ def test_the_recipe_puts_everything_at_stake(uncut: Path) -> None:
     scalars = flat["scalars"]
     assert scalars["clock.step"] == 60
     assert scalars["clock.entered"] == 30
-    assert {"rng.cpu", "rng.device", "measured.causal.budget", "measured.faithfulness.budget"} <= scalars.keys()
+    assert {"rng.device", "measured.causal.budget", "measured.faithfulness.budget"} <= scalars.keys()
     assert float(flat["control.dual.lam_M"].max()) > 0
     assert float((flat["control.penalty.mean_square_M"] - 1.0).abs().max()) > 0
     assert bool(flat["control.on_M"].all())

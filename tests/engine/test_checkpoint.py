@@ -69,7 +69,7 @@ def test_every_leaf_is_in_exactly_one_file(mid: tuple[Plan, TrainingState], tmp_
     assert all(k.startswith("learner.model.") for k in files["model"])
     assert "learner.optimizer.W_dec_FD.exp_avg" in files["optimizer"]
     assert all(k.startswith("metric.") for k in files["tensors"])
-    assert {k.split(".")[0] for k in scalars} == {"clock", "measured", "rng", "stream"}
+    assert {k.split(".")[0] for k in scalars} == {"clock", "learner", "measured", "rng", "stream"}
 
 
 def test_calibration_s_moments_keep_their_precision(tmp_path: Path) -> None:

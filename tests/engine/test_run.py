@@ -15,7 +15,7 @@ from spalf.core.recipe import Plan
 from spalf.core.tree import flatten
 from spalf.engine import checkpoint
 from spalf.engine.run import Run, TimedStream
-from spalf.errors import CheckpointError, DivergedError, RunError
+from spalf.errors import CheckpointError, DivergedError, RecipeError
 from spalf.testing import toy_plan
 from spalf.testing.toy import ToyStream
 from spalf.testing.whole import CPU, moved, snapshot
@@ -172,7 +172,7 @@ def test_an_overridden_budget_moves_the_end_alone(tmp_path: Path) -> None:
     same, longer = go_on(tmp_path), go_on(tmp_path, plan=a_plan(budget__tokens="10_240"))
     assert moved(snapshot(same.state), snapshot(longer.state)) == ["clock.total"]
     assert longer.state.clock.total == 80
-    with pytest.raises(RunError, match=r"budget: asks for 11 steps in all, but 12 are done \(raise budget.tokens\)"):
+    with pytest.raises(RecipeError, match=r"budget: asks for 11 steps in all, but 12 are done \(raise budget.tokens\)"):
         go_on(tmp_path, plan=a_plan(budget__tokens="1408"))
 
 
