@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from spalf import hookimpl, launch
 from spalf.engine import checkpoint, evaluate
-from spalf.errors import CheckpointError, DivergedError, RecipeError, RunError
+from spalf.errors import CheckpointError, DivergedError, RecipeError
 from spalf.testing.tiny_model import write_model, write_text
 
 RECIPE = Path(__file__).parent / "survival.toml"
@@ -283,7 +283,7 @@ def test_resume_refuses_what_would_change_the_numbers(uncut: Path) -> None:
 
 
 def test_resume_refuses_a_budget_that_is_spent(uncut: Path) -> None:
-    with pytest.raises(RunError, match="asks for 10 steps in all, but 60 are done"):
+    with pytest.raises(RecipeError, match="asks for 10 steps in all, but 60 are done"):
         resume(uncut, sets=["budget.tokens=1280"])
 
 
