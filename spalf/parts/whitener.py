@@ -6,6 +6,8 @@ K leading directions.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from attrs import field, frozen
 from attrs.validators import ge, gt, lt
@@ -42,7 +44,7 @@ def spectrum(cov_DD: Tensor) -> Spectrum:
     return Spectrum(l_D=l_D, U_DD=U_DD)
 
 
-class Affine(nn.Module):
+class Affine(nn.Module, ABC):
     """What all metrics here share: the mean, the two directions of the map, and the figures of the fit.
 
     Buffers: mean_D [D] float32; spectrum_D [D] the variances l, and scalars alpha, rank, condition, raw_variance,
@@ -67,13 +69,13 @@ class Affine(nn.Module):
         for name in ("raw_variance", "white_variance"):
             self.register_buffer(name, torch.tensor(float(d_model), dtype=torch.float64))
 
+    @abstractmethod
     def times_W(self, v: Tensor) -> Tensor:
         """v W."""
-        raise NotImplementedError
 
+    @abstractmethod
     def times_inverse(self, v: Tensor) -> Tensor:
         """v W^-1."""
-        raise NotImplementedError
 
     def white(self, x: Raw) -> White:
         """Points [..., D]: (x - mean) W."""
