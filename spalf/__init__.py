@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from spalf.errors import CheckpointError, ComponentError, RecipeError, RunError, SourceError, SpalfError
     from spalf.hooks import hookimpl
     from spalf.launch import compile_recipe, evaluate, export, harvest, load, resume, run
+    from spalf.parts.source.pairs import Pairs, read_pairs, write_pairs
 
 __version__ = "0.1.0"
 
@@ -64,6 +65,7 @@ _HOMES = {
     "spalf.errors": "CheckpointError ComponentError RecipeError RunError SourceError SpalfError",
     "spalf.hooks": "hookimpl",
     "spalf.launch": "compile_recipe evaluate export harvest load resume run",
+    "spalf.parts.source.pairs": "Pairs read_pairs write_pairs",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -87,6 +89,7 @@ __all__ = [
     "Machine",
     "Metric",
     "Ops",
+    "Pairs",
     "Plan",
     "Raw",
     "Reading",
@@ -122,12 +125,14 @@ __all__ = [
     "optimizer",
     "penalty",
     "phase",
+    "read_pairs",
     "resume",
     "run",
     "source",
     "stratum",
     "term",
     "whitener",
+    "write_pairs",
 ]
 
 
