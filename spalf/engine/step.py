@@ -15,6 +15,8 @@ from spalf.engine import control
 from spalf.errors import DeadConstraintError
 
 DEAD_AFTER = 10_000_000
+SPREAD = (5, 50, 95)
+"""Percentiles over features in which thresholds and bandwidths are logged."""
 
 
 def dead_window(plan: Plan) -> int:
@@ -157,7 +159,7 @@ def _reading(
 ) -> Reading:
     numbers = {"loss": loss.detach(), "l0": forward.code.l0_B().detach().mean()}
     numbers.update({f"term.{k}": v.detach() for k, v in measures.terms.items()})
-    # Two more products and a dead count: only where a line is logged.
+    # Two more products, a dead count and two sorts of F numbers: only where a line is logged.
     if state.clock.due(plan.recipe.record.log_every):
         error_BD = White(forward.white_BD - forward.white_hat_BD)
         for space, e_BD in (("raw", state.metric.raw_direction(error_BD)), ("white", error_BD)):
@@ -165,6 +167,7 @@ def _reading(
         numbers["gain"] = state.sae.log_gain.detach().exp()
         numbers["dead"] = (state.silent_F > dead_window(plan)).float().mean()
         numbers["lr"] = torch.tensor(float(state.learner.optimizer.param_groups[0]["lr"]))
+        numbers.update(_spread(state))
     per = {"g": signal.g_M, "fast": signal.fast_M, "lam": state.control.lam_M, "rho": state.control.rho_M}
     per["on"] = state.control.on_M
     return Reading(
@@ -174,3 +177,18 @@ def _reading(
         values=numbers,
         per_constraint=per,
     )
+
+
+def _spread(state: TrainingState) -> dict[str, Tensor]:
+    """Quantiles over features of the thresholds and of the windows around them; nothing without a window."""
+    reach_F = state.sae.activator.reach_F()
+    if reach_F is None:
+        return {}
+    theta_F = state.sae.activator.threshold_F()
+    held = {"threshold": theta_F, "bandwidth": 2 * (theta_F - reach_F)}
+    at = torch.tensor([p / 100 for p in SPREAD], device=theta_F.device)
+    return {
+        f"{name}.p{p:02}": q
+        for name, value_F in held.items()
+        for p, q in zip(SPREAD, torch.quantile(value_F.float(), at), strict=True)
+    }

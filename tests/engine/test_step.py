@@ -245,7 +245,15 @@ def test_a_reading_is_plain_numbers(ready: tuple[Plan, TrainingState]) -> None:
     readings = [step.primal_dual_step(plan, state, TERMS, BOTH)[0] for _ in range(10)]
     short, long = (json.loads(json.dumps(r.scalars())) for r in (readings[0], readings[9]))
     assert set(short) == {"step", "phase", "loss", "l0", "term.l0", "constraints"}
-    assert set(long) - set(short) == {"r2_raw", "r2_white", "gain", "dead", "lr"}, "more only where a line is logged"
+    spread = {f"{name}.p{p:02}" for name in ("threshold", "bandwidth") for p in step.SPREAD}
+    more = {"r2_raw", "r2_white", "gain", "dead", "lr"} | spread
+    assert set(long) - set(short) == more, "more only where a line is logged"
+    assert 0 < long["threshold.p05"] < long["threshold.p50"] < long["threshold.p95"]
+    theta_F = state.sae.activator.threshold_F()
+    assert long["threshold.p50"] == pytest.approx(float(torch.quantile(theta_F, 0.5)))
+    assert long["bandwidth.p95"] == pytest.approx(
+        2 * float(torch.quantile(theta_F - state.sae.activator.reach_F(), 0.95))
+    )
     assert (long["step"], long["phase"]) == (10, "fit")
     assert set(long["constraints"]) == set(BOTH)
     assert set(long["constraints"]["faithfulness"]) == {"g", "fast", "lam", "rho", "on"}
