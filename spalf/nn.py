@@ -15,8 +15,12 @@ from spalf.core.values import Code, Machine, White
 class StratifiedAutoencoder(nn.Module):
     """y_hat = gain * z W_dec + b_dec with z = activation(y W_enc' + b_enc), all in whitened coordinates.
 
+    An activator with `pre_bias` reads (y - b_dec) W_enc' + b_enc; under one that `owns_bias`, b_enc is zero and frozen.
+
     The gain is one trained scalar, kept as its logarithm, so that the rows of both matrices can stay at unit scale:
     folding a small gain into the encoder makes Adam's relative steps there large enough to diverge.
+
+    It starts in evaluation mode; a training step puts it into training mode for as long as it lasts.
 
     Shapes: W_enc_FD, W_dec_FD [F, D]; b_enc_F [F]; b_dec_D [D]; log_gain scalar. All float32.
     """
@@ -36,6 +40,8 @@ class StratifiedAutoencoder(nn.Module):
         self.b_dec_D = nn.Parameter(torch.zeros(d_model, device=machine.device))
         self.log_gain = nn.Parameter(torch.zeros((), device=machine.device))
         self._activator = cast(nn.Module, activator).to(machine.device)
+        self.b_enc_F.requires_grad_(not activator.owns_bias)
+        self.eval()
 
     @property
     def rows(self) -> Mapping[str, slice]:
@@ -48,7 +54,8 @@ class StratifiedAutoencoder(nn.Module):
 
     def encode(self, white_BD: White, dense: bool = False) -> Code:
         """The code of whitened rows; `dense` lists every entry."""
-        return self.machine.ops.encode(white_BD, self, dense)
+        read_BD = White(white_BD - self.b_dec_D) if self.activator.pre_bias else white_BD
+        return self.machine.ops.encode(read_BD, self, dense)
 
     def decode(self, code: Code) -> White:
         """Whitened reconstruction [B, D]."""

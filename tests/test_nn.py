@@ -15,7 +15,7 @@ from spalf.nn import StratifiedAutoencoder
 D, F = 5, 12
 
 
-class Relu(nn.Module):
+class Relu(nn.Module, Activator):
     """z = max(0, p - exp(log_threshold))."""
 
     def __init__(self) -> None:

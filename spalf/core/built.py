@@ -48,6 +48,13 @@ class Stream(Protocol):
         """Each token id of a 1-d tensor as readable text."""
         ...
 
+    def tokens(self, text: str) -> Tensor:
+        """Ids of a text, int64 [T] on the stream's device, after the one id that a document begins behind in training.
+
+        So position 0, which is never patched, is no part of the text. Raises SourceError where there is no tokenizer.
+        """
+        ...
+
     def truth(self) -> Raw:
         """The planted directions [N, D] of a synthetic source, unit rows."""
         ...
@@ -92,23 +99,46 @@ class Metric(Protocol):
 
 
 class Activator(Protocol):
-    """A module with the activation's own parameters (thresholds)."""
+    """A module with the activation's own parameters (thresholds). Subclass it beside `nn.Module` for its defaults.
+
+    In training mode it may select over the batch; in evaluation mode a row's code depends on that row alone.
+    """
+
+    pre_bias: bool = False
+    """Whether the encoder reads y - b_dec instead of y."""
+    owns_bias: bool = False
+    """Whether its own biases stand in for `b_enc_F`, which then stays at zero."""
+    k: int = 0
+    """How many entries a row keeps, the largest ones, at inference too; 0 where thresholds alone decide."""
 
     def __call__(self, pre_BK: Tensor, index_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(z_BK, gate_BK); `index_BK` names the feature of each entry, None means all features in order."""
         ...
 
     def calibrate_(self, pre_BC: Tensor, density: float, rows: slice) -> None:
-        """Set thresholds and bandwidths of features `rows` so that a share `density` of the entries is active."""
+        """Set thresholds and bandwidths of features `rows` so that a share `density` of the entries is active.
+
+        Called with consecutive `rows` from 0 on. One whose density is fixed otherwise may ignore it.
+        """
         ...
+
+    def observe_(self, code: Code) -> None:
+        """Update running statistics, such as an inference threshold, from a training batch's code.
+
+        Called once per training step, after it, and by nothing else.
+        """
 
     def reach_F(self) -> Tensor | None:
         """The pre-activation at or below which an entry has neither value nor gradient; None: dense only."""
         ...
 
     def threshold_F(self) -> Tensor:
-        """Inference thresholds: an entry is active where its pre-activation exceeds this."""
+        """Inference thresholds: an entry is active where its pre-activation exceeds this (and is among the `k`)."""
         ...
+
+    def affine_F(self) -> tuple[Tensor, Tensor] | None:
+        """(slope, shift) [F], slope > 0: at inference an active entry's z is slope * pre + shift. None: z is pre."""
+        return None
 
 
 class Autoencoder(Protocol):
@@ -135,6 +165,13 @@ class Autoencoder(Protocol):
         ...
 
     def decode(self, code: Code) -> White: ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Training or evaluation mode, of the activator too. An autoencoder starts in evaluation mode."""
+        ...
+
+    @property
+    def training(self) -> bool: ...
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
 

@@ -6,7 +6,7 @@ row, M constraints, V vocabulary, N planted features. `z_BK` names its axes. A f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NewType
 
 import torch
@@ -86,10 +86,22 @@ class Batch:
 
 @frozen(kw_only=True, eq=False)
 class Sequences:
-    """Whole contexts of token ids. `real_ST` is False at padding; position 0 has no context and is never patched."""
+    """Whole contexts of token ids. `real_ST` is False at padding; position 0 has no context and is never patched.
+
+    `document_ST` names the document of each token by an int64 id, the same wherever the document is met again; None
+    where a source does not know, and then each context counts as a document.
+    """
 
     tokens_ST: Tensor
     real_ST: Tensor
+    document_ST: Tensor | None = None
+
+    def split(self, n: int) -> Iterator[Sequences]:
+        """The same contexts, `n` at a time."""
+        for begin in range(0, self.tokens_ST.shape[0], n):
+            part = slice(begin, begin + n)
+            document_ST = None if self.document_ST is None else self.document_ST[part]
+            yield Sequences(tokens_ST=self.tokens_ST[part], real_ST=self.real_ST[part], document_ST=document_ST)
 
 
 @frozen(kw_only=True, eq=False)
@@ -153,7 +165,9 @@ class View:
     clock: Clock
     draw: torch.Generator
     reconstruct: Callable[[Raw], Raw]
-    """A second pass over any raw activations [..., D], with graph, for patched models."""
+    """A second pass over any raw activations [..., D], as at inference and with graph, for patched models."""
+    silent_F: Tensor
+    """Activations since each feature last fired, int64, as of before this batch."""
 
 
 def _detached(instance: Any, attribute: Any, value: Tensor) -> None:

@@ -26,6 +26,10 @@ from spalf.errors import CheckpointError
 
 FORMAT = "spalf.dictionary.1"
 FORMULA = "p = x W_enc' + b_enc;  z = p where p > threshold, else 0;  x_hat = z W_dec + b_dec"
+FORMULA_K = (
+    "p = x W_enc' + b_enc;  z = p where p > threshold and p / scale is among the k largest of its row, else 0;  "
+    "x_hat = z W_dec + b_dec"
+)
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 CHUNK = 8192  # rows folded at a time: both matrices in float64 at once are four times the model
 
@@ -36,12 +40,15 @@ def fold(metric: Metric, sae: Autoencoder, dtype: torch.dtype = torch.float64) -
 
     W_enc, W_dec [F, D], W_dec with unit rows; b_enc, threshold, scale [F]; b_dec [D]. It is applied to x itself, with
     nothing subtracted first: p = x W_enc' + b_enc, z = p 1[p > threshold], x_hat = z W_dec + b_dec. Its codes are
-    `scale` times the trained ones, so an activation that selects by order has to sort by p / scale.
+    `scale` times the trained ones, so an activation that keeps the k largest has to sort by p / scale. A gated
+    dictionary becomes one of this form: its gate is a threshold on what its magnitude is affine in.
     """
     wide = copy.deepcopy(metric).double() if isinstance(metric, nn.Module) else metric
     vector = torch.promote_types(dtype, torch.float32)
-    zero_D = White(sae.b_dec_D.new_zeros(sae.b_dec_D.shape, dtype=torch.float64))
-    mean_D = wide.raw(zero_D)
+    # The raw point that the encoder's rows see as 0.
+    b_dec_D = White(sae.b_dec_D.double())
+    centre_D = wide.raw(b_dec_D if sae.activator.pre_bias else White(torch.zeros_like(b_dec_D)))
+    bias_F, slope_F, threshold_F = _affine(sae)
     parts: dict[str, list[Tensor]] = {name: [] for name in ("W_enc", "W_dec", "b_enc", "threshold", "scale")}
     for start in range(0, sae.width, CHUNK):
         rows = slice(start, start + CHUNK)
@@ -50,15 +57,26 @@ def fold(metric: Metric, sae: Autoencoder, dtype: torch.dtype = torch.float64) -
         norm_F = raw_FD.norm(dim=1)
         c_F = torch.where(norm_F > 0, norm_F, 1.0)
         # p = (x - mean) W E': the rows are E W, by the map that takes directions to whitened space (W is symmetric)
-        enc_FD = (c_F[:, None] * wide.white_direction(Raw(sae.W_enc_FD[rows].double()))).to(dtype)
+        in_F = c_F * slope_F[rows]
+        enc_FD = (in_F[:, None] * wide.white_direction(Raw(sae.W_enc_FD[rows].double()))).to(dtype)
         parts["W_dec"].append((raw_FD / c_F[:, None]).to(dtype))
         parts["W_enc"].append(enc_FD)
-        # With the mean through the rows as they were rounded: what rounding adds then acts on x - mean, not on x.
-        parts["b_enc"].append((c_F * sae.b_enc_F[rows].double() - enc_FD.double() @ mean_D).to(vector))
-        parts["threshold"].append((c_F * sae.activator.threshold_F()[rows].double()).to(vector))
+        # With the centre through the rows as they were rounded: what rounding adds then acts on x - centre, not on x.
+        parts["b_enc"].append((c_F * bias_F[rows] - enc_FD.double() @ centre_D).to(vector))
+        parts["threshold"].append((c_F * threshold_F[rows]).to(vector))
         parts["scale"].append(c_F.to(vector))
     out = {name: torch.cat(chunks) for name, chunks in parts.items()}
-    return {**out, "b_dec": wide.raw(White(sae.b_dec_D.double())).to(vector)}
+    return {**out, "b_dec": wide.raw(b_dec_D).to(vector)}
+
+
+def _affine(sae: Autoencoder) -> tuple[Tensor, Tensor, Tensor]:
+    """(bias, slope, threshold) [F] float64: z is slope * (what is read) W_enc' + bias where that exceeds threshold."""
+    bias_F, threshold_F = sae.b_enc_F.double(), sae.activator.threshold_F().double()
+    affine = sae.activator.affine_F()
+    if affine is None:
+        return bias_F, torch.ones_like(bias_F), threshold_F
+    slope_F, shift_F = (x.double() for x in affine)
+    return slope_F * bias_F + shift_F, slope_F, slope_F * threshold_F + shift_F
 
 
 def export(plan: Plan, state: TrainingState, directory: Path, dtype: str = "float32") -> Path:
@@ -90,9 +108,11 @@ def export(plan: Plan, state: TrainingState, directory: Path, dtype: str = "floa
 
 
 def _config(plan: Plan, state: TrainingState, dtype: str) -> dict[str, Any]:
+    k = state.sae.activator.k
     return {
         "format": FORMAT,
-        "formula": FORMULA,
+        "formula": FORMULA_K if k else FORMULA,
+        "k": k,
         "d_model": plan.facts.d_model,
         "F": state.sae.width,
         "dtype": dtype,

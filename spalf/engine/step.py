@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
+from spalf.core.built import Autoencoder
 from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
 from spalf.core.values import Batch, Forward, Raw, Reading, Signal, View, Violations, White
@@ -43,13 +45,25 @@ def look(state: TrainingState, x_BD: Raw, dense: bool = False) -> Forward:
     return Forward(white_BD=white_BD, code=code, white_hat_BD=state.sae.decode(code))
 
 
+@contextmanager
+def mode(sae: Autoencoder, training: bool) -> Iterator[None]:
+    """The autoencoder in training or evaluation mode for the block, then as it was."""
+    before = sae.training
+    sae.train(training)
+    try:
+        yield
+    finally:
+        sae.train(before)
+
+
 def reconstructor(state: TrainingState) -> Callable[[Raw], Raw]:
-    """A function from raw activations [..., D] to their reconstruction, with graph."""
+    """A function from raw activations [..., D] to their reconstruction as at inference, with graph."""
 
     def reconstruct(x: Raw) -> Raw:
         flat_BD = Raw(x.reshape(-1, x.shape[-1]).float())
         white_BD = state.metric.white(flat_BD)
-        hat_BD = state.metric.raw(state.sae.decode(state.sae.encode(white_BD)))
+        with mode(state.sae, training=False):
+            hat_BD = state.metric.raw(state.sae.decode(state.sae.encode(white_BD)))
         return Raw(hat_BD.reshape(x.shape).to(x.dtype))
 
     return reconstruct
@@ -67,6 +81,7 @@ def view_of(state: TrainingState, batch: Batch, forward: Forward) -> View:
         clock=state.clock,
         draw=state.rng.device,
         reconstruct=reconstructor(state),
+        silent_F=state.silent_F,
     )
 
 
@@ -135,13 +150,15 @@ def primal_dual_step(
     """
     recipe = plan.recipe
     batch = state.stream.next(recipe.budget.batch)
-    forward = look(state, batch.x_BD, needs_dense(plan, terms, constraints))
-    measures = measure(plan, state, view_of(state, batch, forward), terms, constraints)
+    with mode(state.sae, training=True):
+        forward = look(state, batch.x_BD, needs_dense(plan, terms, constraints))
+        measures = measure(plan, state, view_of(state, batch, forward), terms, constraints)
     if state.clock.step == state.clock.entered:
         refuse_dead(measures, constraints)
     objective = measures.objective()
     loss = recipe.lagrangian(objective, measures.violations, state.control)
     state.learner.descend(loss, state.clock, rate)
+    state.sae.activator.observe_(forward.code)
     g_M = measures.violations.g_M.detach()
     state.control, signal = control.step(
         recipe.filter, recipe.dual, recipe.penalty, state.control, g_M, state.clock, hold

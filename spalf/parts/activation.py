@@ -88,7 +88,7 @@ class _Jump(torch.autograd.Function):
         return to_pre, to_log_F, None, None, None, None
 
 
-class JumpReLUActivator(nn.Module):
+class JumpReLUActivator(nn.Module, Activator):
     """z = p 1[p > theta], one threshold and one window width per feature; theta is learned as its logarithm."""
 
     bandwidth_F: Tensor

@@ -75,6 +75,10 @@ class ToyStream:
     def text(self, tokens: Tensor) -> list[str]:
         return [f"t{i}" for i in tokens.tolist()]
 
+    def tokens(self, text: str) -> Tensor:
+        """One id per letter, behind a 0."""
+        return torch.tensor([0, *(ord(c) % V for c in text)])
+
     def truth(self) -> Raw:
         return Raw(torch.nn.functional.normalize(self._embedding_VD, dim=-1))
 
@@ -172,4 +176,5 @@ def toy_view(
         clock=Clock(step=round(100 * progress), total=100),
         draw=torch.Generator().manual_seed(seed),
         reconstruct=reconstruct,
+        silent_F=torch.zeros(sae.width, dtype=torch.int64),
     )

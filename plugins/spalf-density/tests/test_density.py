@@ -62,6 +62,7 @@ def view_of(code: Code) -> View:
         clock=absent,
         draw=absent,
         reconstruct=absent,
+        silent_F=absent,
     )
 
 
