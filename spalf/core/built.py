@@ -127,6 +127,7 @@ class Activator(Protocol):
 
         Called once per training step, after it, and by nothing else.
         """
+        return None
 
     def reach_F(self) -> Tensor | None:
         """The pre-activation at or below which an entry has neither value nor gradient; None: dense only."""
