@@ -14,6 +14,7 @@ from spalf.core.values import Raw
 from spalf.engine import language
 from spalf.errors import SourceError
 from spalf.parts.source import Huggingface, TransformerLens, checkpoint
+from spalf.parts.source.contexts import Vocabulary
 from spalf.parts.source.documents import is_held_out
 from spalf.parts.source.hooks import check_hook
 from spalf.parts.source.language import LanguageStream
@@ -317,6 +318,8 @@ def test_token_files_need_no_tokenizer(bare: Path, tmp_path: Path) -> None:
     assert stream.next(30).x_BD.shape == (30, 16)
     assert stream.text(torch.tensor([5, 271])) == ["<5>", "<271>"]
     assert int(stream.token_counts()[0]) > 0
+    with pytest.raises(SourceError, match="the model has no tokenizer"):
+        stream.tokens("")
 
 
 def written(stream: LanguageStream, epoch: int = 0) -> set[bytes]:
@@ -384,6 +387,20 @@ def test_sequences_and_words(neox: str, text: str) -> None:
     assert stream.text(torch.tensor([0, 270])) == ["<|endoftext|>", "<270>"]
     with_bos = opened(Huggingface(**options(neox, text, bos=True), layer=0)).sequences(4)
     assert with_bos.tokens_ST[:, 0].tolist() == [0, 0, 0, 0]
+
+
+def test_a_text_begins_behind_what_a_document_begins_behind(neox: str, text: str) -> None:
+    stream = opened(Huggingface(**options(neox, text), layer=0))
+    tokens_T = stream.tokens("de f\n")
+    assert tokens_T.dtype == torch.int64
+    assert stream.text(tokens_T) == ["<|endoftext|>", "d", "e", " ", "f", "\n"]
+    assert stream.tokens("").tolist() == [0]
+
+    def tokenizer(texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(c) - 96 for c in one] for one in texts]}
+
+    assert Vocabulary(tokenizer=tokenizer, size=9, end_of_text=7, begin=None).document("abc").tolist() == [7, 1, 2, 3]
+    assert Vocabulary(tokenizer=tokenizer, size=9, end_of_text=7, begin=8).document("abc").tolist() == [8, 1, 2, 3]
 
 
 def test_token_counts_are_of_the_training_text(neox: str, text: str) -> None:

@@ -95,6 +95,8 @@ def test_a_language_model_leaves_its_unembedding_and_what_it_was(tmp_path: Path)
     assert torch.equal(stored.token_counts(), live.token_counts())
     with pytest.raises(SourceError, match=r'source "activations" has no language model'):
         stored.activations(live.sequences(1))
+    with pytest.raises(SourceError, match=r'source "activations" has no tokenizer \(use huggingface'):
+        stored.tokens("text")
     assert len(json.loads((out / "manifest.json").read_text())["held_out"]) == 1
     assert source.open(0, CPU).held_out().next(5).x_BD.shape == (5, 16)
 

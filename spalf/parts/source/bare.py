@@ -38,5 +38,8 @@ class Bare:
     def text(self, tokens: Tensor) -> list[str]:
         self._lacks("tokenizer", "use huggingface or transformer_lens")
 
+    def tokens(self, text: str) -> Tensor:
+        self._lacks("tokenizer", "use huggingface or transformer_lens")
+
     def truth(self) -> Raw:
         self._lacks("planted directions", "use synthetic")

@@ -14,7 +14,7 @@ from attrs import frozen
 from torch import Tensor
 
 from spalf.errors import SourceError
-from spalf.parts.source.documents import Document, Documents, Ids, Keep
+from spalf.parts.source.documents import Document, Documents, Ids, Keep, document_id
 
 BATCH_DOCUMENTS = 64
 BATCH_CHARACTERS = 1 << 18
@@ -48,6 +48,14 @@ class Vocabulary:
                 )
             out.append(ids)
         return out
+
+    def document(self, text: str) -> Tensor:
+        """Ids [T] of one text behind the id that it would begin behind in a context, on the CPU."""
+        if self.tokenizer is None:
+            raise SourceError("the model has no tokenizer (put its files beside the config)")
+        [ids] = self.encode([Document(part=0, index=0, key=b"", content=text)])
+        first = self.end_of_text if self.begin is None else self.begin
+        return torch.from_numpy(np.concatenate([np.array([first], dtype=np.int64), ids]))
 
     def decode(self, tokens: Tensor) -> list[str]:
         """Each id of a 1-d tensor as readable text; an id that the tokenizer does not know as `<id>`."""
@@ -89,15 +97,21 @@ class Contexts:
         self.length = length
         self._epoch = self._part = self._index = self._token = self._skip = 0
         self._rest: Ids = np.empty(0, dtype=np.int64)
+        self._document = 0
         self._stream = self._read(0, 0, 0)
 
     def take(self, n: int, *, one_epoch: bool = False) -> Tensor:
-        """The next `n` contexts, int64 [n, T] on the CPU; fewer only at the end of a text that does not repeat.
+        """The tokens of `take_marked`."""
+        return self.take_marked(n, one_epoch=one_epoch)[0]
 
-        With `one_epoch` also fewer where the text starts over: the context that reaches into the next epoch is the
-        last one, and there is one at least.
+    def take_marked(self, n: int, *, one_epoch: bool = False) -> tuple[Tensor, Tensor]:
+        """The next `n` contexts and the id of each token's document, int64 [n, T] on the CPU.
+
+        Fewer only at the end of a text that does not repeat; with `one_epoch` also where the text starts over: the
+        context that reaches into the next epoch is the last one, and there is one at least.
         """
         pieces: list[Ids] = []
+        documents: list[Ids] = []
         missing = n * self._text if self._advance() else 0
         epoch = self._epoch
         while missing > 0 and self._advance():
@@ -105,15 +119,21 @@ class Contexts:
                 missing %= self._text
             piece = self._rest[:missing]
             pieces.append(piece)
+            documents.append(np.full(len(piece), self._document, dtype=np.int64))
             missing -= len(piece)
             self._token += len(piece)
             self._rest = self._rest[len(piece) :]
+        rows_ST, document_ST = self._cut(pieces), self._cut(documents)
+        if self._begin is not None:
+            rows_ST = torch.cat([torch.full((len(rows_ST), 1), self._begin), rows_ST], dim=1)
+            document_ST = torch.cat([document_ST[:, :1], document_ST], dim=1)
+        return rows_ST, document_ST
+
+    def _cut(self, pieces: list[Ids]) -> Tensor:
+        """Pieces of text end to end, in rows of a context's length; what is left over is dropped."""
         flat = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
         whole = len(flat) // self._text
-        rows_ST = torch.from_numpy(flat[: whole * self._text].reshape(whole, self._text))
-        if self._begin is None:
-            return rows_ST
-        return torch.cat([torch.full((whole, 1), self._begin), rows_ST], dim=1)
+        return torch.from_numpy(flat[: whole * self._text].reshape(whole, self._text))
 
     def _advance(self) -> bool:
         """Make sure that some tokens are left to use; False at the end."""
@@ -121,13 +141,13 @@ class Contexts:
             found = next(self._stream, None)
             if found is None:
                 return False
-            self._epoch, self._part, self._index, self._rest = found
+            self._epoch, self._part, self._index, self._document, self._rest = found
             self._rest = self._rest[self._skip :]
             self._token, self._skip = self._skip, 0
         return True
 
-    def _read(self, epoch: int, part: int, index: int) -> Iterator[tuple[int, int, int, Ids]]:
-        """Encoded documents from a place on, each ended by the end-of-text token."""
+    def _read(self, epoch: int, part: int, index: int) -> Iterator[tuple[int, int, int, int, Ids]]:
+        """Place, id and tokens of each document from a place on, each ended by the end-of-text token."""
         end = np.array([self._vocabulary.end_of_text], dtype=np.int64)
         while True:
             any_text = part > 0 or index > 0
@@ -136,7 +156,8 @@ class Contexts:
                 for document, ids in zip(batch, self._vocabulary.encode(batch), strict=True):
                     if len(ids):
                         any_text = True
-                        yield epoch, document.part, document.index, np.concatenate([ids, end])
+                        marked = document_id(document.key)
+                        yield epoch, document.part, document.index, marked, np.concatenate([ids, end])
             if not any_text:
                 raise SourceError(
                     f'text "{self._documents.name}" has no document in this split '

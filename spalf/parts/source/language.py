@@ -121,11 +121,12 @@ class LanguageStream:
         return Batch(x_BD=self._blocks.next(n))
 
     def sequences(self, n: int) -> Sequences:
-        tokens_ST = self._contexts.take(n)
+        tokens_ST, document_ST = self._contexts.take_marked(n)
         if len(tokens_ST) < n:
             raise SourceError(f"the text ended: {len(tokens_ST)} of {n} contexts are left (set source.repeat = true)")
-        tokens_ST = tokens_ST.to(self._device)
-        return Sequences(tokens_ST=tokens_ST, real_ST=torch.ones_like(tokens_ST, dtype=torch.bool))
+        tokens_ST, document_ST = tokens_ST.to(self._device), document_ST.to(self._device)
+        real_ST = torch.ones_like(tokens_ST, dtype=torch.bool)
+        return Sequences(tokens_ST=tokens_ST, real_ST=real_ST, document_ST=document_ST)
 
     def activations(self, sequences: Sequences) -> Raw:
         x_STD = self._model.activations(sequences.tokens_ST, _mask(sequences))
@@ -161,6 +162,10 @@ class LanguageStream:
 
     def text(self, tokens: Tensor) -> list[str]:
         return self._vocabulary.decode(tokens)
+
+    def tokens(self, text: str) -> Tensor:
+        """As a packed context begins: behind the BOS where there is one, else behind the end of another document."""
+        return self._vocabulary.document(text).to(self._device)
 
     def truth(self) -> Raw:
         raise SourceError("a language model has no planted directions (use the synthetic source)")
