@@ -21,6 +21,7 @@ from spalf.parts.source.documents import (
     Documents,
     Files,
     StandardLibrary,
+    document_id,
     find_files,
     is_held_out,
     is_stdlib_file,
@@ -284,6 +285,20 @@ def test_a_cursor_continues_inside_any_document(sizes: list[int], length: int, b
     resumed.load_state_dict(whole.state_dict())
     assert torch.equal(whole.take(9), resumed.take(9))
     assert whole.state_dict() == resumed.state_dict()
+
+
+def test_every_token_knows_its_document_in_every_epoch() -> None:
+    documents = [[1, 2, 3], [4], [5, 6, 7, 8]]
+    tokens_ST, document_ST = pack(documents, 3, begin=9).take_marked(9)
+    home = {token: document_id(str(i).encode()) for i, ids in enumerate(documents) for token in ids}
+    assert torch.equal(document_ST[:, 0], document_ST[:, 1]), "BOS belongs to the document that it precedes"
+    tokens, marks = tokens_ST[:, 1:].flatten().tolist(), document_ST[:, 1:].flatten().tolist()
+    for before, token, mark in zip([0, *tokens], tokens, marks, strict=False):
+        # an end-of-text token belongs to the document that it ends
+        assert mark == home[token or before]
+    assert document_ST.dtype == torch.int64
+    assert len(set(home.values())) == 3
+    assert min(home.values()) >= 0
 
 
 def test_documents_without_text_are_refused_rather_than_read_for_ever() -> None:

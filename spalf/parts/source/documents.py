@@ -51,7 +51,16 @@ class Documents(Protocol):
 
 def is_held_out(key: bytes, one_in: int) -> bool:
     """Whether a document is in the held-out one of `one_in`; depends on its key alone."""
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") % one_in == 0
+    return _hash(key) % one_in == 0
+
+
+def document_id(key: bytes) -> int:
+    """The same number for a document wherever it is met: in any epoch, order or process. Fits an int64."""
+    return _hash(key) >> 1
+
+
+def _hash(key: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
 
 
 # --------------------------------------------------------------------------------------------- the standard library

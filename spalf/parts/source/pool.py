@@ -26,7 +26,7 @@ class Pool:
         self._contexts, self._seed, self._size = contexts, seed, size
         self._pool, self._offset = 0, 0
         self._start = contexts.state_dict()
-        self._tokens_ST: Tensor | None = None
+        self._held: tuple[Tensor, Tensor] | None = None
 
     @property
     def length(self) -> int:
@@ -34,25 +34,33 @@ class Pool:
         return self._contexts.length
 
     def take(self, n: int) -> Tensor:
-        """The next `n` contexts, fewer only where the text ends."""
-        pieces: list[Tensor] = []
+        """The tokens of `take_marked`."""
+        return self.take_marked(n)[0]
+
+    def take_marked(self, n: int) -> tuple[Tensor, Tensor]:
+        """The next `n` contexts and their documents' ids, both [n, T]; fewer only where the text ends."""
+        tokens: list[Tensor] = []
+        documents: list[Tensor] = []
         missing = n
         while missing > 0:
-            if self._tokens_ST is None:
-                tokens_ST = self._contexts.take(self._size, one_epoch=True)
-                draw = generator("pool", self._seed, self._pool)
-                self._tokens_ST = tokens_ST[torch.randperm(len(tokens_ST), generator=draw)]
-            taken_ST = self._tokens_ST[self._offset : self._offset + missing]
-            pieces.append(taken_ST)
-            missing -= len(taken_ST)
-            self._offset += len(taken_ST)
-            if self._offset == len(self._tokens_ST):
-                ended = len(self._tokens_ST) == 0
-                self._pool, self._offset, self._tokens_ST = self._pool + 1, 0, None
+            tokens_ST, document_ST = self._held = self._held or self._shuffled()
+            taken = slice(self._offset, self._offset + missing)
+            tokens.append(tokens_ST[taken])
+            documents.append(document_ST[taken])
+            missing -= len(tokens[-1])
+            self._offset += len(tokens[-1])
+            if self._offset == len(tokens_ST):
+                self._pool, self._offset, self._held = self._pool + 1, 0, None
                 self._start = self._contexts.state_dict()
-                if ended:
+                if not len(tokens_ST):
                     break
-        return torch.cat(pieces)
+        return torch.cat(tokens), torch.cat(documents)
+
+    def _shuffled(self) -> tuple[Tensor, Tensor]:
+        """The next pool, in its order."""
+        tokens_ST, document_ST = self._contexts.take_marked(self._size, one_epoch=True)
+        order = torch.randperm(len(tokens_ST), generator=generator("pool", self._seed, self._pool))
+        return tokens_ST[order], document_ST[order]
 
     def state_dict(self) -> dict[str, Any]:
         """Pool, offset in it, and the contexts' cursor at its start: flat, numbers and texts."""
@@ -63,4 +71,4 @@ class Pool:
         start = below("start", state)
         self._contexts.load_state_dict(start)
         self._pool, self._offset = int(state["pool"]), int(state["offset"])
-        self._start, self._tokens_ST = start, None
+        self._start, self._held = start, None
