@@ -44,7 +44,7 @@ UNITS = {
     "kernels": Unit(layer=2, third_party=TENSORS, lazy=names("triton")),
     "nn": Unit(layer=3, third_party=TENSORS),
     "assembly": Unit(layer=3, third_party=TENSORS | names("cattrs cattr tomli tomli_w")),
-    "engine": Unit(layer=4, third_party=ENGINE, must_not=names("parts assembly")),
+    "engine": Unit(layer=4, third_party=ENGINE, lazy=names("scipy"), must_not=names("parts assembly")),
     "parts": Unit(
         layer=5,
         third_party=ENGINE | {"numpy"},
