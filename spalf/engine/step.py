@@ -38,6 +38,15 @@ class Measures:
         return torch.stack([self.terms[name] for name in sorted(self.terms)]).sum()
 
 
+@frozen(kw_only=True, eq=False)
+class Assessment:
+    """A batch, what the dictionary made of it, and the measures of that."""
+
+    batch: Batch
+    forward: Forward
+    measures: Measures
+
+
 def look(state: TrainingState, x_BD: Raw, dense: bool = False) -> Forward:
     """One pass in whitened coordinates; nothing raw goes further."""
     white_BD = state.metric.white(x_BD)
@@ -135,6 +144,33 @@ def _live(g_M: Tensor, i: int) -> bool:
     return g_M.grad_fn is not None and g_M.grad_fn.next_functions[i][0] is not None
 
 
+def assess(
+    plan: Plan, state: TrainingState, batch: Batch, terms: Sequence[str], constraints: Sequence[str]
+) -> Assessment:
+    """One pass in training mode: the code and reconstruction of a batch, its terms and violations, with graph."""
+    with mode(state.sae, training=True):
+        forward = look(state, batch.x_BD, needs_dense(plan, terms, constraints))
+        measures = measure(plan, state, view_of(state, batch, forward), terms, constraints)
+    return Assessment(batch=batch, forward=forward, measures=measures)
+
+
+def conclude(
+    plan: Plan, state: TrainingState, seen: Assessment, loss: Tensor, hold: Collection[str] = ()
+) -> tuple[Reading, Signal]:
+    """What follows a step of the parameters: running statistics, the dual side but for `hold`, counts, the clock."""
+    recipe = plan.recipe
+    state.sae.activator.observe_(seen.forward.code)
+    g_M = seen.measures.violations.g_M.detach()
+    state.control, signal = control.step(
+        recipe.filter, recipe.dual, recipe.penalty, state.control, g_M, state.clock, hold
+    )
+    fired_F = seen.forward.code.fired_F()
+    state.silent_F = torch.where(fired_F > 0, 0, state.silent_F + seen.batch.x_BD.shape[0])
+    reading = _reading(plan, state, seen.forward, seen.measures, loss, signal)
+    state.clock = state.clock.next()
+    return reading, signal
+
+
 def primal_dual_step(
     plan: Plan,
     state: TrainingState,
@@ -148,26 +184,40 @@ def primal_dual_step(
     Raises DeadConstraintError at the first step of a phase. The engine itself makes no host copy; a part may
     (`orthogonality` sizes its Gram matrices on the host).
     """
-    recipe = plan.recipe
-    batch = state.stream.next(recipe.budget.batch)
-    with mode(state.sae, training=True):
-        forward = look(state, batch.x_BD, needs_dense(plan, terms, constraints))
-        measures = measure(plan, state, view_of(state, batch, forward), terms, constraints)
+    seen = assess(plan, state, state.stream.next(plan.recipe.budget.batch), terms, constraints)
     if state.clock.step == state.clock.entered:
-        refuse_dead(measures, constraints)
-    objective = measures.objective()
-    loss = recipe.lagrangian(objective, measures.violations, state.control)
+        refuse_dead(seen.measures, constraints)
+    loss = plan.recipe.lagrangian(seen.measures.objective(), seen.measures.violations, state.control)
     state.learner.descend(loss, state.clock, rate)
-    state.sae.activator.observe_(forward.code)
-    g_M = measures.violations.g_M.detach()
-    state.control, signal = control.step(
-        recipe.filter, recipe.dual, recipe.penalty, state.control, g_M, state.clock, hold
-    )
-    fired_F = forward.code.fired_F()
-    state.silent_F = torch.where(fired_F > 0, 0, state.silent_F + batch.x_BD.shape[0])
-    reading = _reading(plan, state, forward, measures, loss, signal)
-    state.clock = state.clock.next()
-    return reading, signal
+    return conclude(plan, state, seen, loss, hold)
+
+
+def switch_on(plan: Plan, state: TrainingState, entering: Collection[str]) -> None:
+    """Switch constraints on: their budgets and first violations, measured on one batch of their own."""
+    names = plan.constraints
+    entering_M = torch.tensor([n in entering for n in names], dtype=torch.bool, device=state.device)
+    budget_M, g_M = _first_look(plan, state, entering)
+    state.control = control.enter(plan.recipe.filter, plan.recipe.penalty, state.control, entering_M, budget_M, g_M)
+    for i, name in enumerate(names):
+        if name in entering:
+            state.measured[f"{name}.budget"] = float(budget_M[i])
+            state.measured[f"{name}.entered_at"] = float(g_M[i])
+
+
+@torch.no_grad()
+def _first_look(plan: Plan, state: TrainingState, entering: Collection[str]) -> tuple[Tensor, Tensor]:
+    """Budgets of the entering constraints and their violations on one batch."""
+    batch = state.stream.next(plan.recipe.budget.batch)
+    forward = look(state, Raw(batch.x_BD), needs_dense(plan, (), entering))
+    view = view_of(state, batch, forward)
+    budget_M = state.control.budget_M.clone()
+    g_M = torch.zeros_like(budget_M)
+    measured = values(plan, view, entering)
+    for i, name in enumerate(plan.constraints):
+        if name in measured:
+            budget_M[i] = plan.recipe.constraint[name].budget(view).detach()
+            g_M[i] = measured[name] / budget_M[i] - 1.0
+    return budget_M, g_M
 
 
 @torch.no_grad()

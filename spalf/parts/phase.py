@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from attrs import evolve, field, frozen
 from attrs.validators import gt
-from torch import Tensor
 
 from spalf.core.protocols import Gate
 from spalf.core.recipe import Derived, Plan
 from spalf.core.slots import phase
 from spalf.core.state import TrainingState
-from spalf.core.values import Raw, Reading
+from spalf.core.values import Reading
 from spalf.engine import control, initialise, moments
-from spalf.engine.step import look, needs_dense, primal_dual_step, values, view_of
+from spalf.engine.step import primal_dual_step, switch_on
 
 
 @frozen(kw_only=True, eq=False)
@@ -119,7 +118,7 @@ class Constrained:
         entering_M = on_M & ~state.control.on_M
         state.control = evolve(state.control, on_M=on_M)
         if bool(entering_M.any()):
-            self._switch_on(plan, state, entering_M)
+            switch_on(plan, state, [n for i, n in enumerate(names) if bool(entering_M[i])])
         if self.handover:
             # After entering, which would calibrate an inherited penalty anew.
             pairs = [(names.index(a), names.index(b)) for a, b in self.handover.items()]
@@ -132,29 +131,3 @@ class Constrained:
 
     def done(self, plan: Plan, state: TrainingState) -> bool:
         return state.clock.exhausted or self.gate.open(state.phase, state.clock)
-
-    def _switch_on(self, plan: Plan, state: TrainingState, entering_M: Tensor) -> None:
-        """Measure budgets and first violations of the entering constraints."""
-        names = plan.constraints
-        entering = [n for i, n in enumerate(names) if bool(entering_M[i])]
-        budget_M, g_M = self._first_look(plan, state, entering)
-        state.control = control.enter(plan.recipe.filter, plan.recipe.penalty, state.control, entering_M, budget_M, g_M)
-        for i, name in enumerate(names):
-            if name in entering:
-                state.measured[f"{name}.budget"] = float(budget_M[i])
-                state.measured[f"{name}.entered_at"] = float(g_M[i])
-
-    @torch.no_grad()
-    def _first_look(self, plan: Plan, state: TrainingState, entering: list[str]) -> tuple[Tensor, Tensor]:
-        """Budgets of the entering constraints and their violations on one batch."""
-        batch = state.stream.next(plan.recipe.budget.batch)
-        forward = look(state, Raw(batch.x_BD), needs_dense(plan, (), entering))
-        view = view_of(state, batch, forward)
-        budget_M = state.control.budget_M.clone()
-        g_M = torch.zeros_like(budget_M)
-        measured = values(plan, view, entering)
-        for i, name in enumerate(plan.constraints):
-            if name in measured:
-                budget_M[i] = plan.recipe.constraint[name].budget(view).detach()
-                g_M[i] = measured[name] / budget_M[i] - 1.0
-        return budget_M, g_M
