@@ -1,4 +1,4 @@
-"""One training step of each dictionary_learning trainer, by its own `update`; run as `... dictionary_learning_steps.py OUT`.
+"""One training step of each dictionary_learning trainer, by its own `update`; the argument is where to write.
 
 Its package imports nnsight and wandb at the top; no trainer uses either.
 """
