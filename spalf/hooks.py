@@ -6,15 +6,24 @@ change a result.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from spalf.core.values import Reading
+if TYPE_CHECKING:  # the command line reads this module before torch is wanted
+    from spalf.core.values import Reading
 
 hookspec = pluggy.HookspecMarker("spalf")
 hookimpl = pluggy.HookimplMarker("spalf")
+
+
+def manager() -> pluggy.PluginManager:
+    """A manager that knows these hooks, and no plugin yet."""
+    fresh = pluggy.PluginManager("spalf")
+    fresh.add_hookspecs(sys.modules[__name__])
+    return fresh
 
 
 @hookspec

@@ -25,8 +25,7 @@ def load() -> tuple[pluggy.PluginManager, Registry]:
     Raises ComponentError, with distribution and version, for a plugin that cannot be imported, has a hook that spalf
     does not have, or offers what is no component.
     """
-    manager = pluggy.PluginManager("spalf")
-    manager.add_hookspecs(hooks)
+    manager = hooks.manager()
     origins: dict[str, str] = {}
     for name in BUILT_IN:
         origins[name] = _own()

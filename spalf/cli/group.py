@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
+from spalf import hooks
 from spalf.errors import ComponentError, RecipeError, SpalfError
 
 FLAGS = ("--traceback", "--quiet")
@@ -92,13 +93,12 @@ class Group(TyperGroup):
 
     @cached_property
     def _of_plugins(self) -> dict[str, Any]:
-        """Commands that plugins add. Plugins import torch: none is loaded unless one of them can have a command."""
-        if not any(mentions(point, "spalf_commands") for point in entry_points(group="spalf")):
+        """Commands that plugins add. Only plugins that can have one are imported: components need torch."""
+        points = [point for point in entry_points(group="spalf") if mentions(point, "spalf_commands")]
+        if not points:
             return {}
-        from spalf.plugins import load
-
+        manager = registered(points)
         extra = typer.Typer(add_completion=False)
-        manager, _ = load()
         manager.hook.spalf_commands(app=extra)
         if not (extra.registered_commands or extra.registered_groups):
             return {}
@@ -107,6 +107,20 @@ class Group(TyperGroup):
         if taken:
             raise ComponentError(f'a plugin adds a command "{taken[0]}", which spalf has already (rename it)')
         return found
+
+
+def registered(points: Sequence[EntryPoint]) -> Any:
+    """A plugin manager with these. Raises ComponentError for one that cannot be loaded, with its distribution."""
+    manager = hooks.manager()
+    try:
+        for point in points:
+            manager.register(point.load(), name=point.name)
+    except Exception:
+        from spalf.plugins import load
+
+        load()  # meets the same plugin, and says whose it is
+        raise
+    return manager
 
 
 def mentions(point: EntryPoint, word: str) -> bool:

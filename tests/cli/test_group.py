@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pluggy
 import pytest
 import torch
 from hypothesis import given
@@ -125,12 +124,8 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[object
         monkeypatch.syspath_prepend(str(tmp_path))
         point = EntryPoint(name="some", value="some_plugin", group="spalf")
         monkeypatch.setattr(group, "entry_points", lambda group: [point])
-        manager = pluggy.PluginManager("spalf")
-        manager.add_hookspecs(hooks)
-        manager.register(plugin)
-        module: Any = ModuleType("spalf.plugins")
-        module.load = lambda: (manager, ())
-        monkeypatch.setitem(sys.modules, "spalf.plugins", module)
+        if "spalf_commands" in source:
+            monkeypatch.setitem(sys.modules, "some_plugin", plugin)  # type: ignore[arg-type]
 
     return do
 
@@ -161,9 +156,27 @@ def test_plugins_without_commands_are_not_loaded(
     install: Callable[[object, str], None], spalf: Spalf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(Greeter(), "raise SystemExit('loaded')\n")
-    monkeypatch.delitem(sys.modules, "spalf.plugins")
     assert spalf("--help").exit_code == 0
     assert "some_plugin" not in sys.modules
+
+
+def test_a_plugin_that_fails_is_named(
+    install: Callable[[object, str], None], spalf: Spalf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manager of components meets the same plugin, and knows its distribution."""
+
+    def load() -> None:
+        raise ComponentError("acme 1.2: cannot be imported")
+
+    module: Any = ModuleType("spalf.plugins")
+    module.load = load
+    monkeypatch.setitem(sys.modules, "spalf.plugins", module)
+    install(Greeter(), HOOK)
+    monkeypatch.delitem(sys.modules, "some_plugin")
+    monkeypatch.setattr(group, "mentions", lambda point, word: True)
+    monkeypatch.setattr(EntryPoint, "load", lambda self: 1 / 0)
+    told = spalf("--help")
+    assert (told.exit_code, told.stderr) == (2, "spalf: acme 1.2: cannot be imported\n")
 
 
 def test_a_plugin_whose_source_cannot_be_read_is_loaded() -> None:
