@@ -106,7 +106,7 @@ def _phase(recipe: Recipe, name: str, before: set[str], *, first: bool) -> Itera
     terms, constraints = getattr(phase, "terms", None), getattr(phase, "constraints", ())
     if terms is not None:
         yield from _list(f"{path}.terms", terms, recipe.term)
-        if not terms:
+        if not terms and not getattr(phase, "objective", ""):  # a phase may minimise something besides its terms
             yield Problem(f"{path}.terms", "is empty: nothing would be minimised", 'name a term, such as "l0"')
         if first:
             hint = 'begin phases with one that calibrates, such as "calibrate"'
