@@ -110,6 +110,8 @@ class Activator(Protocol):
     """Whether its own biases stand in for `b_enc_F`, which then stays at zero."""
     k: int = 0
     """How many entries a row keeps, the largest ones, at inference too; 0 where thresholds alone decide."""
+    signed: bool = False
+    """Whether z is odd in the pre-activation, hence negative below -threshold: such a code has no folded form."""
 
     def __call__(self, pre_BK: Tensor, index_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(z_BK, gate_BK); `index_BK` names the feature of each entry, None means all features in order."""
@@ -118,7 +120,8 @@ class Activator(Protocol):
     def calibrate_(self, pre_BC: Tensor, density: float, rows: slice) -> None:
         """Set thresholds and bandwidths of features `rows` so that a share `density` of the entries is active.
 
-        Called with consecutive `rows` from 0 on. One whose density is fixed otherwise may ignore it.
+        Called with consecutive `rows` from 0 on; 0 asks for the activator as it was built. One without a state of its
+        own has nothing to set.
         """
         ...
 
@@ -134,7 +137,10 @@ class Activator(Protocol):
         ...
 
     def threshold_F(self) -> Tensor:
-        """Inference thresholds: an entry is active where its pre-activation exceeds this (and is among the `k`)."""
+        """Inference thresholds: an entry is active where its pre-activation exceeds this (and is among the `k`).
+
+        With their graph where they are trained.
+        """
         ...
 
     def affine_F(self) -> tuple[Tensor, Tensor] | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
 from spalf.core.values import White
-from spalf.engine.step import dead_window, look, needs_dense, values, view_of
+from spalf.engine.step import dead_window, look, mode, needs_dense, values, view_of
 
 ROWS = 65_536
 """Held-out activations that the dictionary's own numbers are measured on."""
@@ -22,11 +22,11 @@ STRICT = 0.05
 
 @contextmanager
 def untouched(state: TrainingState) -> Iterator[TrainingState]:
-    """The state with a held-out stream and a draw of its own, put back afterwards, without gradients."""
+    """The state with a held-out stream and a draw of its own, put back afterwards; no gradients, evaluation mode."""
     stream, draws = state.stream, state.rng.state_dict()
     state.stream = stream.held_out()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), mode(state.sae, training=False):
             yield state
     finally:
         state.stream = stream

@@ -13,8 +13,8 @@ CHUNK = 1024  # features calibrated at a time, so that [tokens, F] is never held
 
 
 def sample_size(density: float) -> int:
-    """Tokens for a quantile at 1 - density: at least 20 expected exceedances."""
-    return max(8192, min(131_072, int(20 / max(density, 1e-9))))
+    """Tokens for a quantile at 1 - density: at least 20 expected exceedances; density 0 asks for no quantile."""
+    return max(8192, min(131_072, int(20 / density))) if density else 8192
 
 
 @torch.no_grad()
@@ -35,15 +35,19 @@ def initialise(plan: Plan, state: TrainingState, white_BD: White) -> None:
     # After the projection, which may move a row by a rounding: tied to the last bit.
     sae.W_enc_FD.data.copy_(sae.W_dec_FD.data)
     density = start_density(plan)
+    read_BD = white_BD - sae.b_dec_D if sae.activator.pre_bias else white_BD
     for begin in range(0, sae.width, CHUNK):
         rows = slice(begin, min(begin + CHUNK, sae.width))
-        sae.activator.calibrate_(white_BD @ sae.W_enc_FD[rows].T, density, rows)
+        sae.activator.calibrate_(read_BD @ sae.W_enc_FD[rows].T, density, rows)
     state.learner.assign("log_gain", _gain(state, white_BD).log())
     state.silent_F.zero_()
 
 
 def start_density(plan: Plan) -> float:
-    """Share of features active per row at the start: `start` times the target, where the activation has that option."""
+    """Share of features active per row at the start: `start` times the target, where the activation has that option.
+
+    0 where `start` is: the activation begins as it was built.
+    """
     multiple = float(getattr(plan.recipe.activation, "start", 1.0))
     return min(0.5, multiple * plan.knobs.L0_target / plan.knobs.F)
 

@@ -43,11 +43,14 @@ def gradients(sae: Any) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------------------------------------ activation
 def _activator(component: Any, width: int = 24, rows: int = 400) -> tuple[Activator, Tensor]:
-    """An activator calibrated to a density of 0.1 on its pre-activations [rows, width], float64."""
+    """An activator calibrated to a density of 0.1 on its pre-activations [rows, width], float64, at inference."""
     draw = torch.Generator().manual_seed(5)
     pre_BF = torch.randn(rows, width, generator=draw, dtype=torch.float64) * torch.linspace(0.5, 2, width)
     activator: Activator = component.build(width)
-    cast(nn.Module, activator).double()
+    module = cast(nn.Module, activator).double().eval()
+    with torch.no_grad():
+        for i, parameter in enumerate(module.parameters()):
+            parameter.add_(0.05 * (i + 1))  # no bias or scale that is left at its start
     activator.calibrate_(pre_BF, 0.1, slice(0, width))
     return activator, pre_BF
 
@@ -62,18 +65,55 @@ def _backward(activator: Activator, pre: Tensor, index: Tensor | None, out: Call
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, [leaf, *parameters], strict=True)]
 
 
+def _state(activator: Activator) -> dict[str, Tensor]:
+    """A copy of what a checkpoint holds of it."""
+    return {k: v.clone() for k, v in cast(nn.Module, activator).state_dict().items()}
+
+
 def _activation(component: Any) -> list[Check]:
     def gate_is_zero_or_one_and_z_is_zero_where_the_gate_is() -> None:
-        activator, pre_BF = _activator(component)
-        z_BF, gate_BF = activator(pre_BF)
-        assert bool(((gate_BF == 0) | (gate_BF == 1)).all())
-        assert bool((z_BF[gate_BF == 0] == 0).all())
-        assert bool((z_BF[gate_BF == 1] > 0).all())
+        for training in (False, True):
+            activator, pre_BF = _activator(component)
+            cast(nn.Module, activator).train(training)
+            z_BF, gate_BF = activator(pre_BF)
+            assert bool(((gate_BF == 0) | (gate_BF == 1)).all())
+            assert bool((z_BF[gate_BF == 0] == 0).all())
+            assert bool((z_BF[gate_BF == 1] > 0).all() if not activator.signed else z_BF[gate_BF == 1].all())
 
     def calibration_gives_the_density() -> None:
         activator, pre_BF = _activator(component)
+        if not _state(activator) and not activator.k:
+            return  # nothing to calibrate
+        wanted = activator.k / pre_BF.shape[1] if activator.k else 0.1
         gate_BF = activator(pre_BF)[1]
-        close(gate_BF.mean().detach(), torch.tensor(0.1, dtype=gate_BF.dtype), "share of active entries", 0.05)
+        close(gate_BF.mean().detach(), torch.tensor(wanted, dtype=gate_BF.dtype), "share of active entries", 0.05)
+
+    def a_pass_changes_no_state() -> None:
+        for training in (False, True):
+            activator, pre_BF = _activator(component)
+            cast(nn.Module, activator).train(training)
+            before = _state(activator)
+            activator(pre_BF)
+            for name, value in _state(activator).items():
+                assert torch.equal(value, before[name]), f"a pass, training {training}, has changed {name}"
+
+    def at_inference_a_row_is_its_own() -> None:
+        activator, pre_BF = _activator(component)
+        for ours, alone in zip(activator(pre_BF[:7]), activator(pre_BF), strict=True):
+            assert torch.equal(ours, alone[:7]), "a row's code depends on the rows beside it"
+
+    def thresholds_and_slopes_say_what_inference_does() -> None:
+        activator, pre_BF = _activator(component)
+        z_BF, gate_BF = (x.detach() for x in activator(pre_BF))
+        above_BF = pre_BF > activator.threshold_F().detach()
+        affine = activator.affine_F()
+        slope_F, shift_F = (x.detach() for x in affine) if affine else (torch.ones(()), torch.zeros(()))
+        wanted_BF = torch.where(above_BF, slope_F * pre_BF + shift_F, 0.0)
+        if activator.k:
+            wanted_BF = wanted_BF * (pre_BF >= pre_BF.topk(activator.k, dim=1).values[:, -1:])
+        keep_BF = pre_BF > 0 if activator.signed else torch.ones_like(above_BF)
+        close(z_BF * keep_BF, wanted_BF * keep_BF, "z from threshold_F, affine_F and k", 1e-9)
+        assert bool((gate_BF[wanted_BF > 0] == 1).all())
 
     def below_reach_is_neither_value_nor_gradient() -> None:
         activator, pre_BF = _activator(component)
@@ -109,6 +149,9 @@ def _activation(component: Any) -> list[Check]:
     return [
         gate_is_zero_or_one_and_z_is_zero_where_the_gate_is,
         calibration_gives_the_density,
+        a_pass_changes_no_state,
+        at_inference_a_row_is_its_own,
+        thresholds_and_slopes_say_what_inference_does,
         below_reach_is_neither_value_nor_gradient,
         a_list_equals_the_dense_code,
     ]

@@ -9,14 +9,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spalf.core.recipe import Budget
-from spalf.parts.activation import JumpReLU, JumpReLUActivator, JumpReLUMoreau
+from spalf.core.values import Code
+from spalf.parts.activation import (
+    BatchTopK,
+    BatchTopKActivator,
+    Gated,
+    GatedActivator,
+    JumpReLU,
+    JumpReLUActivator,
+    JumpReLUMoreau,
+    ReLU,
+    TopK,
+)
 from spalf.testing import conform
 
 CLASSES = (JumpReLU, JumpReLUMoreau)
+EVERY = (*CLASSES, ReLU, TopK, BatchTopK, Gated)
 BOTH = pytest.mark.parametrize("cls", CLASSES)
 
 
-@pytest.mark.parametrize("check", [check for cls in CLASSES for check in conform(cls)])
+@pytest.mark.parametrize("check", [check for cls in EVERY for check in conform(cls)])
 def test_conforms(check) -> None:
     check()
 
@@ -166,3 +178,139 @@ def test_settling_asks_for_one_entry_per_batch(cls: type) -> None:
         ("occupancy", 1 / 512, "1 / budget.batch"),
         ("occupancy", 0.25, "given"),
     ]
+
+
+# ------------------------------------------------------------------------------------------------- selection by order
+def rows(n: int = 64, width: int = 20, seed: int = 2) -> Tensor:
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@given(k=st.integers(1, 20), seed=st.integers(0, 5))
+def test_topk_keeps_the_k_largest_and_then_rectifies(k: int, seed: int) -> None:
+    pre = rows(seed=seed)
+    z, gate = TopK(k=k).build(20)(pre)
+    order = pre.argsort(dim=1, descending=True)
+    for row, (ours, first) in enumerate(zip(z, order[:, :k], strict=True)):
+        wanted = torch.zeros(20, dtype=torch.float64)
+        wanted[first] = pre[row, first].clamp(min=0)
+        assert torch.equal(ours, wanted)
+    assert torch.equal(gate, (z > 0).double())
+
+
+def test_topk_breaks_ties_and_takes_all_of_a_narrow_dictionary() -> None:
+    assert TopK(k=3).build(8)(torch.ones(5, 8))[1].sum(1).tolist() == [3.0] * 5
+    assert TopK(k=9).build(4)(torch.ones(5, 4))[1].sum(1).tolist() == [4.0] * 5
+
+
+def test_the_gradient_of_a_selection_passes_what_it_keeps() -> None:
+    for option in (TopK(k=3), BatchTopK(k=3)):
+        pre = rows().requires_grad_(True)
+        z, gate = option.build(20).train()(pre)
+        assert not gate.requires_grad
+        (gradient,) = torch.autograd.grad((z * torch.arange(20.0)).sum(), pre)
+        assert torch.equal(gradient, gate * torch.arange(20.0))
+
+
+@given(k=st.integers(1, 8), seed=st.integers(0, 5))
+def test_batch_topk_keeps_b_k_entries_of_a_batch(k: int, seed: int) -> None:
+    pre = rows(seed=seed)
+    z, gate = BatchTopK(k=k).build(20).train()(pre)
+    assert int(gate.sum()) == min(64 * k, int((pre > 0).sum()))
+    assert float(z[gate > 0].min()) >= float(pre[gate == 0].max())
+    assert len(set(gate.sum(1).tolist())) > 1, "every row keeps the same number: that is no selection over the batch"
+
+
+def code_of(activator: BatchTopKActivator, pre: Tensor) -> Code:
+    z, gate = activator(pre)
+    fits = torch.zeros((), dtype=torch.bool)
+    return Code(pre_BK=pre, gate_BK=gate, z_BK=z, index_BK=None, width=20, overflow=fits)
+
+
+def test_the_threshold_starts_at_the_first_batch_and_then_averages() -> None:
+    """An average that starts at 0 stays low for 1 / rate batches: a known fault elsewhere."""
+    activator = BatchTopK(k=2, rate=0.25).build(20).double().train()
+    least = []
+    for seed in range(12):
+        code = code_of(activator, rows(seed=seed))
+        least.append(float(code.z_BK[code.gate_BK > 0].min()))
+        activator.observe_(code)
+        wanted = sum(least[:4]) / len(least[:4])
+        for value in least[4:]:
+            wanted = 0.75 * wanted + 0.25 * value
+        assert float(activator.threshold) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_batch_without_an_active_entry_moves_no_threshold() -> None:
+    activator = BatchTopK(k=2).build(20).train()
+    activator.calibrate_(rows(), 0.1, slice(0, 20))
+    before = {k: v.clone() for k, v in activator.state_dict().items()}
+    activator.observe_(code_of(activator, -torch.ones(4, 20)))
+    assert all(torch.equal(v, before[k]) for k, v in activator.state_dict().items())
+
+
+def test_at_inference_the_threshold_of_the_training_batches_gives_nearly_k() -> None:
+    activator = BatchTopK(k=2).build(20).double().train()
+    for seed in range(100):
+        activator.observe_(code_of(activator, rows(256, seed=seed)))
+    assert float(activator.eval()(rows(4096, seed=1000))[1].sum(1).mean()) == pytest.approx(2, rel=0.05)
+
+
+def test_batch_topk_calibrates_over_chunks() -> None:
+    pre = rows(4000) * torch.linspace(0.9, 1.1, 20, dtype=torch.float64)
+    activator = BatchTopK(k=2).build(20).double()
+    for begin in range(0, 20, 5):
+        activator.calibrate_(pre[:, begin : begin + 5], 0.1, slice(begin, begin + 5))
+    assert float(activator.eval()(pre)[1].mean()) == pytest.approx(0.1, rel=0.05)
+
+
+# --------------------------------------------------------------------------------------------------------------- gated
+def gated(seed: int = 3) -> GatedActivator:
+    activator = Gated().build(20).double()
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in activator.parameters():
+        parameter.data = 0.7 * torch.randn(20, generator=draw, dtype=torch.float64)
+    return activator
+
+
+def test_gated_against_its_formula() -> None:
+    activator, pre = gated(), rows()
+    z, gate = activator(pre)
+    b_gate, b_mag, r_mag = (p.detach() for p in (activator.b_gate_F, activator.b_mag_F, activator.r_mag_F))
+    magnitude = (r_mag.exp() * pre + b_mag).clamp(min=0)
+    assert torch.allclose(z, (pre + b_gate > 0) * magnitude)
+    assert torch.equal(gate, ((pre + b_gate > 0) & (magnitude > 0)).double())
+    assert int(((pre + b_gate > 0) & (magnitude == 0)).sum()) > 0, "no entry whose gate alone is open"
+    assert int(((pre + b_gate <= 0) & (magnitude > 0)).sum()) > 0, "no entry whose gate alone is shut"
+
+
+def test_the_code_gives_the_gate_no_gradient_and_its_pre_activation_does() -> None:
+    activator, pre = gated(), rows()
+    activator(pre)[0].sum().backward()
+    assert activator.b_gate_F.grad is None
+    assert bool(activator.b_mag_F.grad.any())
+    activator.gate_pre(pre).relu().sum().backward()
+    assert torch.equal(activator.b_gate_F.grad, (activator.gate_pre(pre) > 0).sum(0).double())
+
+
+def test_gated_starts_as_published_unless_it_is_asked_for_a_density() -> None:
+    activator = Gated().build(20)
+    activator.calibrate_(rows().float(), 0.0, slice(0, 20))
+    assert not any(bool(p.any()) for p in activator.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------ a known fault
+def test_the_count_tested_on_the_code_presses_half_as_hard() -> None:
+    theta = 1.0
+    grads = []
+    for post in (False, True):
+        activator = made(JumpReLU, theta, eps=0.1, post=post)
+        activator(gaussian())[1].mean().backward()
+        grads.append(float(activator.log_threshold_F.grad))
+    assert grads[1] == pytest.approx(grads[0] / 2, rel=0.05)
+    # the reconstruction's own window stays whole
+    both = []
+    for post in (False, True):
+        activator = made(JumpReLU, theta, eps=0.1, post=post)
+        activator(gaussian())[0].mean().backward()
+        both.append(float(activator.log_threshold_F.grad))
+    assert both[0] == both[1]

@@ -1,4 +1,4 @@
-"""Nonlinearities with thresholds, and their pseudo-gradients."""
+"""Learned thresholds, one per feature, and their pseudo-gradients."""
 
 from __future__ import annotations
 
@@ -13,29 +13,10 @@ from torch import Tensor, nn
 from spalf.core.protocols import Activator
 from spalf.core.recipe import Derived, Plan
 from spalf.core.slots import activation
+from spalf.parts.activation.entries import listed, per_feature, upper_quantiles, wide
 
 # Interquartile range of a unit Gaussian: the spread of a whitened pre-activation before any calibration.
 _GAUSSIAN_IQR = 1.349
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32: bfloat16 is coarser than a window is wide."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _listed(value_F: Tensor, index_BK: Tensor | None, padding: float) -> Tensor:
-    """`value_F` per entry: [F] for a dense code, [B, K] for a compact one, `padding` at index F."""
-    if index_BK is None:
-        return value_F
-    return torch.cat([value_F, value_F.new_full((1,), padding)])[index_BK]
-
-
-def _per_feature(value_BK: Tensor, index_BK: Tensor | None, width: int) -> Tensor:
-    """Sum over rows, [F]; entries at index F are dropped."""
-    if index_BK is None:
-        return value_BK.sum(0)
-    sums = value_BK.new_zeros(width + 1)
-    return sums.index_add_(0, index_BK.reshape(-1), value_BK.reshape(-1))[:width]
 
 
 class _Jump(torch.autograd.Function):
@@ -43,7 +24,7 @@ class _Jump(torch.autograd.Function):
 
     `ramp` selects the gate's kernel: False the rectangle 1[|p - theta| < eps/2] / eps, on both sides of the threshold;
     True the slope of H's Moreau envelope, (p - theta) / gamma on (theta, theta + eps], gamma = eps^2 / 2. `push` lets
-    that slope reach p too.
+    that slope reach p too. `post` tests the gate's rectangle on z instead of p.
     """
 
     @staticmethod
@@ -55,11 +36,12 @@ class _Jump(torch.autograd.Function):
         index_BK: Tensor | None,
         ramp: bool,
         push: bool,
+        post: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(pre_BK, log_threshold_F, bandwidth_F, index_BK)
-        ctx.ramp, ctx.push = ramp, push
-        gate_BK = (pre_BK > _listed(log_threshold_F.exp(), index_BK, math.inf)).to(pre_BK.dtype)
+        ctx.ramp, ctx.push, ctx.post = ramp, push, post
+        gate_BK = (pre_BK > listed(log_threshold_F.exp(), index_BK, math.inf)).to(pre_BK.dtype)
         return pre_BK * gate_BK, gate_BK
 
     @staticmethod
@@ -67,8 +49,8 @@ class _Jump(torch.autograd.Function):
         grad_z, grad_gate = grads
         pre_BK, log_threshold_F, eps_F, index_BK = ctx.saved_tensors
         theta_F = log_threshold_F.exp()
-        theta = _listed(theta_F, index_BK, math.inf)
-        half = _listed(eps_F / 2, index_BK, 1.0)
+        theta = listed(theta_F, index_BK, math.inf)
+        half = listed(eps_F / 2, index_BK, 1.0)
         window = (pre_BK > theta - half) & (pre_BK < theta + half)
         # to log theta: -(theta^2 gz + theta gh) K((p - theta) / eps) / eps, summed over rows
         to_pre, to_log_F, force = None, torch.zeros_like(theta_F), None
@@ -77,15 +59,18 @@ class _Jump(torch.autograd.Function):
         if grad_gate is not None and ctx.ramp:
             # slope of the envelope: (p - theta) / gamma
             slope = torch.where((pre_BK > theta) & (pre_BK <= theta + 2 * half), (pre_BK - theta) / (2 * half**2), 0.0)
-            to_log_F = to_log_F - theta_F * _per_feature(grad_gate * slope, index_BK, len(theta_F))
+            to_log_F = to_log_F - theta_F * per_feature(grad_gate * slope, index_BK, len(theta_F))
             if ctx.push:
                 to_pre = grad_gate * slope if to_pre is None else to_pre + grad_gate * slope
         elif grad_gate is not None:
+            if ctx.post:
+                z_BK = torch.where(pre_BK > theta, pre_BK, 0.0)
+                grad_gate = grad_gate * ((z_BK > theta - half) & (z_BK < theta + half))
             force = grad_gate if force is None else force + grad_gate
         if force is not None:
-            inside_F = _per_feature(torch.where(window, force, 0.0), index_BK, len(theta_F))
+            inside_F = per_feature(torch.where(window, force, 0.0), index_BK, len(theta_F))
             to_log_F = to_log_F - theta_F / eps_F * inside_F
-        return to_pre, to_log_F, None, None, None, None
+        return to_pre, to_log_F, None, None, None, None, None
 
 
 class JumpReLUActivator(nn.Module, Activator):
@@ -98,13 +83,15 @@ class JumpReLUActivator(nn.Module, Activator):
         self._options = options
         self._ramp = isinstance(options, JumpReLUMoreau)
         self._push = isinstance(options, JumpReLUMoreau) and options.push
+        self._post = isinstance(options, JumpReLU) and options.post
+        self.pre_bias = options.pre_bias
         self.log_threshold_F = nn.Parameter(torch.zeros(width))
         self.register_buffer("bandwidth_F", torch.full((width,), options.bandwidth * _GAUSSIAN_IQR))
 
     def forward(self, pre_BK: Tensor, index_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(z_BK, gate_BK), gate in {0, 1}, in at least float32; entries whose index is the width give 0."""
         out: tuple[Tensor, Tensor] = _Jump.apply(  # type: ignore[no-untyped-call]
-            _wide(pre_BK), self.log_threshold_F, self.bandwidth_F, index_BK, self._ramp, self._push
+            wide(pre_BK), self.log_threshold_F, self.bandwidth_F, index_BK, self._ramp, self._push, self._post
         )
         return out
 
@@ -115,15 +102,9 @@ class JumpReLUActivator(nn.Module, Activator):
         raised to it. Calibrate on 20 / density rows or more: the tail of fewer is noise.
         """
         with torch.no_grad():
-            pre_CB = _wide(pre_BC).T.contiguous()
-            n = pre_CB.shape[1]
-            if n < 2:
-                raise ValueError(f"activation: {n} rows cannot calibrate a threshold (give at least 2)")
-            k = min(max(1, round(density * n)), n - 1)
-            top_CK = pre_CB.topk(k + 1, dim=1).values
-            theta_C = ((top_CK[:, k - 1] + top_CK[:, k]) / 2).clamp(min=self._options.floor)
+            theta_C = upper_quantiles(pre_BC, density).clamp(min=self._options.floor)
             self.log_threshold_F.data[rows] = theta_C.log().to(self.log_threshold_F)
-            self.bandwidth_F[rows] = self._bandwidth(pre_CB, theta_C).to(self.bandwidth_F)
+            self.bandwidth_F[rows] = self._bandwidth(wide(pre_BC).T.contiguous(), theta_C).to(self.bandwidth_F)
 
     def _bandwidth(self, pre_CB: Tensor, theta_C: Tensor) -> Tensor:
         """`bandwidth` interquartile ranges, widened until the window holds a share `occupancy` of the sample."""
@@ -143,9 +124,8 @@ class JumpReLUActivator(nn.Module, Activator):
         """theta - eps/2, the lower edge of the window: at or below it an entry has neither value nor gradient."""
         return self.log_threshold_F.exp() - self.bandwidth_F / 2
 
-    @torch.no_grad()
     def threshold_F(self) -> Tensor:
-        """theta [F]."""
+        """theta [F], with its graph."""
         return self.log_threshold_F.exp()
 
 
@@ -166,12 +146,16 @@ class JumpReLU:
     `bandwidth`: window width in interquartile ranges of the pre-activation. `start`: active features at the start of
     training, as a multiple of the target (calibration reads it). `floor`: least threshold and window width.
     `occupancy`: least share of entries in a window, 0 for one per batch: rarer ones leave a threshold without gradient.
+    `pre_bias`: encode y - b_dec. `post`: repeat a fault of public trainers, which test the window of the count on z: it
+    sees the upper half alone, so that the count presses half as hard as it should.
     """
 
     bandwidth: float = field(default=0.1, validator=gt(0.0))
     start: float = field(default=4.0, validator=gt(0.0))
     floor: float = field(default=1e-3, validator=gt(0.0))
     occupancy: float = field(default=0.0, validator=ge(0.0))
+    pre_bias: bool = False
+    post: bool = False
 
     def settle(self, plan: Plan) -> JumpReLU:
         """Fills `occupancy` from the batch."""
@@ -200,6 +184,7 @@ class JumpReLUMoreau:
     start: float = field(default=4.0, validator=gt(0.0))
     floor: float = field(default=1e-3, validator=gt(0.0))
     occupancy: float = field(default=0.0, validator=ge(0.0))
+    pre_bias: bool = False
     push: bool = False
 
     def settle(self, plan: Plan) -> JumpReLUMoreau:

@@ -1,0 +1,40 @@
+"""Values per entry of a code, dense or listed. Shape letters as in spalf/core/values.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: bfloat16 is coarser than a window is wide."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def listed(value_F: Tensor, index_BK: Tensor | None, padding: float) -> Tensor:
+    """`value_F` per entry: [F] for a dense code, [B, K] for a compact one, `padding` at index F."""
+    if index_BK is None:
+        return value_F
+    return torch.cat([value_F, value_F.new_full((1,), padding)])[index_BK]
+
+
+def per_feature(value_BK: Tensor, index_BK: Tensor | None, width: int) -> Tensor:
+    """Sum over rows, [F]; entries at index F are dropped."""
+    if index_BK is None:
+        return value_BK.sum(0)
+    sums = value_BK.new_zeros(width + 1)
+    return sums.index_add_(0, index_BK.reshape(-1), value_BK.reshape(-1))[:width]
+
+
+def upper_quantiles(pre_BC: Tensor, density: float) -> Tensor:
+    """Per column a number that a share `density` of its entries exceeds, at least one and at most all but one, [C].
+
+    It lies between two order statistics. Raises ValueError at fewer than two rows.
+    """
+    pre_CB = wide(pre_BC).T.contiguous()
+    n = pre_CB.shape[1]
+    if n < 2:
+        raise ValueError(f"activation: {n} rows cannot calibrate a threshold (give at least 2)")
+    k = min(max(1, round(density * n)), n - 1)
+    top_CK = pre_CB.topk(k + 1, dim=1).values
+    return (top_CK[:, k - 1] + top_CK[:, k]) / 2
