@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,7 @@ def export(plan: Plan, state: TrainingState, directory: Path, dtype: str = "floa
     """Write `sae.safetensors` and `config.json` into `directory` and return it.
 
     "bfloat16" halves the file and is lossy: a raw encoder row has large entries where the variance is small, and their
-    rounding meets activations of every variance. A directory that has a config.json has the tensors that belong to it:
-    the file is taken away first and written last.
+    rounding meets activations of every variance. A directory that has a config.json has the tensors that belong to it.
     Raises CheckpointError at an unknown dtype, or where a folded number is not finite.
     """
     if dtype not in DTYPES:
@@ -96,18 +95,40 @@ def export(plan: Plan, state: TrainingState, directory: Path, dtype: str = "floa
     bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise CheckpointError(f"not exported, because these are not finite: {', '.join(bad)}")
+    config = json.dumps(_config(plan, state, dtype), indent=1) + "\n"
+    return publish(
+        directory,
+        {
+            "sae.safetensors": lambda path: save_file(tensors, path, metadata={"format": FORMAT}),
+            "config.json": text_file(config),
+        },
+    )
+
+
+def publish(directory: Path, files: Mapping[str, Callable[[Path], object]]) -> Path:
+    """Write files into `directory`, whole, and return it; the last one named tells that the others belong to it.
+
+    All are written beside their targets and flushed. Then the last one is taken away, and put back after the others.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    config, weights = directory / "config.json", directory / "sae.safetensors"
-    drafts = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in (weights, config)}
-    save_file(tensors, drafts[weights], metadata={"format": FORMAT})
-    drafts[config].write_text(json.dumps(_config(plan, state, dtype), indent=1) + "\n", encoding="utf-8")
-    for draft in drafts.values():
-        sync(draft)
-    config.unlink(missing_ok=True)
-    for path, draft in drafts.items():
-        draft.replace(path)
+    drafts = {directory / name: directory / f".{name}.{os.getpid()}" for name in files}
+    try:
+        for draft, write in zip(drafts.values(), files.values(), strict=True):
+            write(draft)
+            sync(draft)
+        [*drafts][-1].unlink(missing_ok=True)
+        for path, draft in drafts.items():
+            draft.replace(path)
+    finally:
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
     sync(directory)
     return directory
+
+
+def text_file(text: str) -> Callable[[Path], object]:
+    """What writes `text`, for `publish`."""
+    return lambda path: path.write_text(text, encoding="utf-8")
 
 
 def _config(plan: Plan, state: TrainingState, dtype: str) -> dict[str, Any]:
