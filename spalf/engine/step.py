@@ -147,10 +147,15 @@ def _live(g_M: Tensor, i: int) -> bool:
 def assess(
     plan: Plan, state: TrainingState, batch: Batch, terms: Sequence[str], constraints: Sequence[str]
 ) -> Assessment:
-    """One pass in training mode: the code and reconstruction of a batch, its terms and violations, with graph."""
+    """One pass in training mode: the code and reconstruction of a batch, its terms and violations, with graph.
+
+    Raises DeadConstraintError at the first step of a phase.
+    """
     with mode(state.sae, training=True):
         forward = look(state, batch.x_BD, needs_dense(plan, terms, constraints))
         measures = measure(plan, state, view_of(state, batch, forward), terms, constraints)
+    if state.clock.step == state.clock.entered:
+        refuse_dead(measures, constraints)
     return Assessment(batch=batch, forward=forward, measures=measures)
 
 
@@ -185,8 +190,6 @@ def primal_dual_step(
     (`orthogonality` sizes its Gram matrices on the host).
     """
     seen = assess(plan, state, state.stream.next(plan.recipe.budget.batch), terms, constraints)
-    if state.clock.step == state.clock.entered:
-        refuse_dead(seen.measures, constraints)
     loss = plan.recipe.lagrangian(seen.measures.objective(), seen.measures.violations, state.control)
     state.learner.descend(loss, state.clock, rate)
     return conclude(plan, state, seen, loss, hold)
