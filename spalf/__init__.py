@@ -19,12 +19,14 @@ if TYPE_CHECKING:
         evaluator,
         filter,
         from_knob,
+        from_slot,
         gate,
         kernel,
         lagrangian,
         optimizer,
         penalty,
         phase,
+        schedule,
         source,
         stratum,
         term,
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
         Violations,
         White,
     )
-    from spalf.errors import CheckpointError, ComponentError, RecipeError, RunError, SourceError, SpalfError
+    from spalf.engine.evaluate import untouched
+    from spalf.engine.step import Assessment, assess, conclude, look, switch_on, view_of
+    from spalf.errors import CheckpointError, ComponentError, Problem, RecipeError, RunError, SourceError, SpalfError
     from spalf.hooks import hookimpl
     from spalf.launch import compile_recipe, evaluate, export, harvest, load, resume, run
     from spalf.parts.source.pairs import Pairs, read_pairs, write_pairs
@@ -57,12 +61,14 @@ _HOMES = {
     "spalf.core.protocols": "Activator Autoencoder Metric Ops Stream",
     "spalf.core.recipe": "Budget Derived Knobs Plan Recipe Record",
     "spalf.core.slots": (
-        "ComponentRef activation constraint dual evaluator filter from_knob gate kernel lagrangian optimizer penalty "
-        "phase source stratum term whitener"
+        "ComponentRef activation constraint dual evaluator filter from_knob from_slot gate kernel lagrangian "
+        "optimizer penalty phase schedule source stratum term whitener"
     ),
     "spalf.core.state": "Anchor ControlState Learner TrainingState",
     "spalf.core.values": ("Batch Clock Code Facts Forward Machine Raw Reading Sequences Signal View Violations White"),
-    "spalf.errors": "CheckpointError ComponentError RecipeError RunError SourceError SpalfError",
+    "spalf.engine.evaluate": "untouched",
+    "spalf.engine.step": "Assessment assess conclude look switch_on view_of",
+    "spalf.errors": "CheckpointError ComponentError Problem RecipeError RunError SourceError SpalfError",
     "spalf.hooks": "hookimpl",
     "spalf.launch": "compile_recipe evaluate export harvest load resume run",
     "spalf.parts.source.pairs": "Pairs read_pairs write_pairs",
@@ -72,6 +78,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names.spli
 __all__ = [
     "Activator",
     "Anchor",
+    "Assessment",
     "Autoencoder",
     "Batch",
     "Budget",
@@ -91,6 +98,7 @@ __all__ = [
     "Ops",
     "Pairs",
     "Plan",
+    "Problem",
     "Raw",
     "Reading",
     "Recipe",
@@ -108,7 +116,9 @@ __all__ = [
     "White",
     "__version__",
     "activation",
+    "assess",
     "compile_recipe",
+    "conclude",
     "constraint",
     "dual",
     "evaluate",
@@ -116,21 +126,27 @@ __all__ = [
     "export",
     "filter",
     "from_knob",
+    "from_slot",
     "gate",
     "harvest",
     "hookimpl",
     "kernel",
     "lagrangian",
     "load",
+    "look",
     "optimizer",
     "penalty",
     "phase",
     "read_pairs",
     "resume",
     "run",
+    "schedule",
     "source",
     "stratum",
+    "switch_on",
     "term",
+    "untouched",
+    "view_of",
     "whitener",
     "write_pairs",
 ]

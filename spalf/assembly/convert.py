@@ -101,7 +101,7 @@ class Converter:
         kinds = option_types(cls)
         noun = "option" if hasattr(cls, "__spalf__") else "key"
         problems = [
-            Problem(str(key), f"unknown {noun}", suggest(str(key), known, f"{noun}s"))
+            Problem(str(key), f"unknown {noun}", self._inside(str(key), cls) or suggest(str(key), known, f"{noun}s"))
             for key in value
             if key not in known
         ]
@@ -120,6 +120,16 @@ class Converter:
             return cls(**given)
         except Exception as e:  # a validator may raise what it likes
             raise RecipeError(_invalid(cls, given) or [Problem("", " ".join(str(e).split()))]) from None
+
+    def _inside(self, key: str, cls: type) -> str:
+        """A hint where an unknown option is one of a component that an option of `cls` holds by default; else ""."""
+        kinds = option_types(cls)
+        for name, a in options(cls).items():
+            slot, use = slot_of(kinds[a.name]), str(a.metadata.get("use"))
+            is_known = slot is not None and use in self.registry.names(slot.name)
+            if slot is not None and is_known and key in options(self.registry.resolve(slot.name, use)):
+                return f'write "{name}.{key}": it is an option of {slot.name} "{use}"'
+        return ""
 
     def _array(self, value: Any, kind: Any) -> Any:
         if not isinstance(value, list | tuple):

@@ -21,7 +21,10 @@ def complete(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_knobs(table: Mapping[str, Any], registry: Registry, knobs: Knobs) -> dict[str, Any]:
-    """`table` with each missing `from_knob` option at its knob's value; what is no component stays as it is."""
+    """`table` with each missing `from_knob` option at its knob's value, each missing `from_slot` one by its name.
+
+    What is no component stays as it is.
+    """
     out = dict(table)
     for slot in SLOTS.values():
         value = out.get(slot.name)
@@ -48,11 +51,17 @@ def _component(value: Any, slot: str, name: str | None, registry: Registry, knob
     kinds = option_types(cls)
     for key, a in options(cls).items():
         inner = slot_of(kinds[a.name])
-        if inner is not None and key in out:
-            out[key] = _component(out[key], inner.name, None, registry, knobs)
+        own = a.metadata.get("use")
+        if inner is not None and (key in out or own is not None):
+            out[key] = _component(_named(out.get(key, {}), own), inner.name, None, registry, knobs)
         elif "knob" in a.metadata and key not in out:
             out[key] = _knob(cls, a, knobs)
     return out
+
+
+def _named(value: Any, use: str | None) -> Any:
+    """A table that names no component gets the name that its option has."""
+    return {"use": use, **value} if use is not None and isinstance(value, Mapping) else value
 
 
 def _knob(cls: type, a: attrs.Attribute[Any], knobs: Knobs) -> Any:

@@ -100,7 +100,7 @@ def dropped(table: Mapping[str, Any]) -> Table:
 
 
 def _merged(old: Any, new: Any, path: tuple[str, ...]) -> Any:
-    if _is_component(path) or (len(path) > 2 and isinstance(old, dict) != isinstance(new, dict)):
+    if _is_component(path) or (_is_inner(path) and isinstance(old, dict) != isinstance(new, dict)):
         old, new = _long(old), _long(new)
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return new
@@ -112,6 +112,12 @@ def _is_component(path: tuple[str, ...]) -> bool:
     """Whether what lies at `path` is a slot's or a named table's: dual, term.l0."""
     slot = SLOTS.get(path[0])
     return slot is not None and len(path) == (2 if slot.form == "named" else 1)
+
+
+def _is_inner(path: tuple[str, ...]) -> bool:
+    """Whether what lies at `path` is inside a component's table, where a name may stand for a component."""
+    slot = SLOTS.get(path[0])
+    return len(path) > (2 if slot is None or slot.form == "named" else 1)
 
 
 def _long(value: Any) -> Any:

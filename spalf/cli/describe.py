@@ -79,6 +79,8 @@ def type_text(hint: Any) -> str:
 
 def _default(a: attrs.Attribute[Any]) -> dict[str, Any]:
     """`default` with its value, or `from` with the knob or "required"."""
+    if "use" in a.metadata:
+        return {"default": a.metadata["use"]}
     knob = a.metadata.get("knob")
     if knob is not None:
         return {"from": f"knobs.{knob}"}

@@ -33,6 +33,7 @@ __all__ = [
     "Optimizer",
     "Penalty",
     "Phase",
+    "Schedule",
     "Source",
     "Stratum",
     "Stream",
@@ -187,8 +188,16 @@ class Phase(Protocol):
     def done(self, plan: Plan, state: TrainingState) -> bool: ...
 
 
+class Schedule(Protocol):
+    """The learning rate's course over a run."""
+
+    def scale(self, clock: Clock) -> float:
+        """Factor on every learning rate at this time, in [0, 1], a pure function of the clock."""
+        ...
+
+
 class Optimizer(Protocol):
-    """The primal rule."""
+    """The primal rule. Where it has an option `max_norm` above 0, the Learner clips the gradient's norm to that."""
 
     rule: ClassVar[str]
     """Name of the update rule that a backend may fuse; "" where none can."""

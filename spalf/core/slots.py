@@ -1,4 +1,4 @@
-"""The fifteen slots and their decorators.
+"""The sixteen slots and their decorators.
 
 A decorator makes the class frozen and keyword-only, attaches its label and compares it with the slot's protocol at
 once: it raises ComponentError where a method, parameter or attribute departs. It registers nothing.
@@ -63,6 +63,7 @@ SLOTS: dict[str, Slot] = {
         _slot("lagrangian"),
         _slot("gate", "inner"),
         _slot("phase", "named"),
+        _slot("schedule", "inner"),
         _slot("optimizer"),
         _slot("kernel"),
         _slot("evaluator", "named"),
@@ -73,6 +74,11 @@ SLOTS: dict[str, Slot] = {
 def from_knob(name: str, *, validator: Any = None) -> Any:
     """An option required in Python that a recipe may leave out: compile then takes the knob's value."""
     return field(kw_only=True, validator=validator, metadata={"knob": name})
+
+
+def from_slot(use: str) -> Any:
+    """An option that holds a component, required in Python; a recipe that leaves it out gets `use` with defaults."""
+    return field(kw_only=True, metadata={"use": use})
 
 
 def label(cls: type) -> ComponentRef:
@@ -123,91 +129,97 @@ def _label(slot_name: str, use: str) -> Callable[[type[C]], type[C]]:
     return decorate
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob, from_slot))
 def source(use: str) -> Callable[[type[C]], type[C]]:
     """Label a class as a source: where activations come from."""
     return _label("source", use)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob, from_slot))
 def whitener(use: str) -> Callable[[type[C]], type[C]]:
     """Label a class as a whitener: the change of coordinates."""
     return _label("whitener", use)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob, from_slot))
 def activation(use: str) -> Callable[[type[C]], type[C]]:
     """Label a class as an activation: the nonlinearity and its pseudo-gradient."""
     return _label("activation", use)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob, from_slot))
 def stratum(use: str) -> Callable[[type[C]], type[C]]:
     """Label a class as a stratum: a range of dictionary rows."""
     return _label("stratum", use)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob, from_slot))
 def term(use: str) -> Callable[[type[C]], type[C]]:
     """Label a class as a term: a summand of the objective."""
     return _label("term", use)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob, from_slot))
 def constraint(use: str) -> Callable[[type[C]], type[C]]:
     """Label a class as a constraint: value <= budget."""
     return _label("constraint", use)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob, from_slot))
 def filter(use: str) -> Callable[[type[C]], type[C]]:
     """Label a class as a filter: what controllers see of the violations."""
     return _label("filter", use)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob, from_slot))
 def dual(use: str) -> Callable[[type[C]], type[C]]:
     """Label a class as a dual: the multipliers' law."""
     return _label("dual", use)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob, from_slot))
 def penalty(use: str) -> Callable[[type[C]], type[C]]:
     """Label a class as a penalty: the penalties' law."""
     return _label("penalty", use)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob, from_slot))
 def lagrangian(use: str) -> Callable[[type[C]], type[C]]:
     """Label a class as a lagrangian: one scalar to descend."""
     return _label("lagrangian", use)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob, from_slot))
 def gate(use: str) -> Callable[[type[C]], type[C]]:
     """Label a class as a gate: when a phase may end."""
     return _label("gate", use)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob, from_slot))
 def phase(use: str) -> Callable[[type[C]], type[C]]:
     """Label a class as a phase: a stretch of a run."""
     return _label("phase", use)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob, from_slot))
+def schedule(use: str) -> Callable[[type[C]], type[C]]:
+    """Label a class as a schedule: the learning rate's course."""
+    return _label("schedule", use)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob, from_slot))
 def optimizer(use: str) -> Callable[[type[C]], type[C]]:
     """Label a class as an optimizer: the primal rule."""
     return _label("optimizer", use)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob, from_slot))
 def kernel(use: str) -> Callable[[type[C]], type[C]]:
     """Label a class as a kernel: a compute backend."""
     return _label("kernel", use)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, from_knob, from_slot))
 def evaluator(use: str) -> Callable[[type[C]], type[C]]:
     """Label a class as an evaluator: numbers about a finished state."""
     return _label("evaluator", use)

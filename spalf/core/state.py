@@ -58,17 +58,29 @@ class Learner:
     """Each parameter group's learning rate before scaling."""
 
     def descend(self, loss: Tensor, clock: Clock, rate: float = 1.0) -> None:
-        """Backward, the gradient's projection, the optimizer's step at `rate` of its schedule, the rows' projection."""
+        """Backward, the gradient's projection and clipping, the optimizer's step, the rows' projection.
+
+        The step is at `rate` of the optimizer's schedule; the gradient is clipped where the optimizer has a `max_norm`.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        self.advance(clock, rate)
+
+    def advance(self, clock: Clock, rate: float = 1.0) -> None:
+        """`descend` from the gradients that are there."""
         factor = rate * self.rule.scale(clock)
         for group, peak in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = peak * factor
-        if self.sae.machine.ops.update(self):
+        max_norm = float(getattr(self.rule, "max_norm", 0.0))
+        # A backend that fuses the update has no gradient whose norm could be known before the step.
+        if not max_norm and self.sae.machine.ops.update(self):
             return
         weight_FD, grad_FD = self.sae.W_dec_FD, self.sae.W_dec_FD.grad
         if grad_FD is not None:
             self._each_stratum(lambda s, rows: s.project_gradient_(weight_FD.data[rows], grad_FD[rows]))
+        if max_norm:
+            parameters = [p for _, p in self.sae.named_parameters()]
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=False)  # waits for no device
         self.optimizer.step()
         self.project_()
 

@@ -15,11 +15,13 @@ import attrs
 import torch
 from torch import Tensor
 
+from spalf import plugins
+from spalf.assembly.options import option_types, slot_of
 from spalf.core.slots import SLOTS, label
 from spalf.core.values import Signal
-from spalf.testing.whole import toy_plan
+from spalf.testing.whole import started, toy_plan
 
-__all__ = ["KNOBS", "Check", "conform", "example", "signal", "toy_plan"]
+__all__ = ["KNOBS", "Check", "conform", "example", "signal", "started", "toy_plan"]
 
 Check = Callable[[], None]
 """A named check (it has `__name__`, which pytest shows): returns, or raises AssertionError."""
@@ -33,7 +35,7 @@ _MODULES: Mapping[str, str] = {
     **_DUAL_SIDE,
     **dict.fromkeys(_PRIMAL, "spalf.testing.primal"),
     **dict.fromkeys(("stratum", "whitener"), "spalf.testing.primal_linear"),
-    "optimizer": "spalf.testing.optimizer",
+    **dict.fromkeys(("optimizer", "schedule"), "spalf.testing.optimizer"),
     **dict.fromkeys(("phase", "evaluator"), "spalf.testing.whole"),
     "source": "spalf.testing.source",
 }
@@ -52,15 +54,25 @@ def conform(cls: type) -> list[Check]:
 def example(cls: type, **options: Any) -> Any:
     """A component for testing: `options`, then its module's EXAMPLES, then the kit's, then the kit's knobs.
 
+    An option that holds a component by default gets that component's example.
+
     EXAMPLES maps (slot, use) to options. A required option that nobody gives raises TypeError.
     """
     ref = label(cls)
     key = (ref.slot, ref.use)
     assert ref.slot in SLOTS
     knobs = {a.name: KNOBS[a.metadata["knob"]] for a in attrs.fields(cls) if "knob" in a.metadata}
+    inner = {a.name: example(_held(cls, a.name, a.metadata["use"])) for a in attrs.fields(cls) if "use" in a.metadata}
     kit = getattr(importlib.import_module(_MODULES[ref.slot]), "EXAMPLES", {})
     own = getattr(sys.modules.get(cls.__module__), "EXAMPLES", {})
-    return cls(**{**knobs, **kit.get(key, {}), **own.get(key, {}), **options})
+    return cls(**{**knobs, **inner, **kit.get(key, {}), **own.get(key, {}), **options})
+
+
+def _held(cls: type, name: str, use: str) -> type:
+    """The class that option `name` of `cls` holds by default."""
+    slot = slot_of(option_types(cls)[name])
+    assert slot is not None, f"option {name} is no component's"
+    return plugins.registry().resolve(slot.name, use)
 
 
 def signal(

@@ -1,16 +1,18 @@
-"""Conformance of optimizers: what every one of them must do, alone and inside a Learner."""
+"""Conformance of optimizers, alone and inside a Learner, and of their schedules."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from spalf.core.built import Ops
+from spalf.core.slots import label
 from spalf.core.state import Learner
 from spalf.core.values import Clock, Machine
 from spalf.nn import StratifiedAutoencoder
@@ -20,6 +22,8 @@ Check = Callable[[], None]
 
 class Thresholds(nn.Module):
     """The least an activator has to own here: one trained tensor."""
+
+    owns_bias = False
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -65,8 +69,50 @@ def run(built: Learner, start: int, stop: int, total: int = 400) -> list[float]:
 
 
 def checks(cls: type, component: Any) -> list[Check]:
-    """The checks of one optimizer."""
+    """The checks of the slots `optimizer` and `schedule`."""
+    return _schedule(component) if label(cls).slot == "schedule" else _optimizer(component)
 
+
+def _schedule(component: Any) -> list[Check]:
+    totals = (1, 7, 400, 20_000)
+
+    def clocks(total: int, entered: int = 0) -> list[Clock]:
+        steps = range(entered, total + 1, max(1, total // 400))
+        return [Clock(step=s, total=total, entered=entered) for s in steps]
+
+    def is_a_share_of_the_peak() -> None:
+        for total in totals:
+            for entered in (0, total // 2):
+                scales = [component.scale(c) for c in clocks(total, entered)]
+                assert all(type(s) is float and 0 <= s <= 1 for s in scales), f"outside [0, 1] in {total} steps"
+                assert all(s > 0 for s in scales[:-1]), f"no rate at all before the end of {total} steps"
+
+    def reaches_its_peak() -> None:
+        scales = [component.scale(Clock(step=s, total=20_000)) for s in range(20_000)]
+        assert max(scales) > 0.99, "the rate that a recipe names is never reached"
+
+    def is_a_pure_function_of_the_clock() -> None:
+        asked = clocks(400)
+        forward = [component.scale(c) for c in asked]
+        assert [component.scale(c) for c in reversed(asked)] == forward[::-1], "the order of the questions matters"
+
+    def a_settled_one_stays_as_it_is_in_a_longer_run() -> None:
+        settle = getattr(component, "settle", lambda plan: component)
+        settled = settle(SimpleNamespace(total_steps=400))
+        again = getattr(settled, "settle", lambda plan: settled)(SimpleNamespace(total_steps=40_000))
+        assert again == settled, "a run that is resumed with a larger budget would warm up anew"
+        seen = [[c.scale(Clock(step=s, total=400)) for s in range(400)] for c in (component, settled)]
+        assert seen[0] == seen[1], "settling changes the numbers"
+
+    return [
+        is_a_share_of_the_peak,
+        reaches_its_peak,
+        is_a_pure_function_of_the_clock,
+        a_settled_one_stays_as_it_is_in_a_longer_run,
+    ]
+
+
+def _optimizer(component: Any) -> list[Check]:
     def every_parameter_has_one_group() -> None:
         built = learner(component)
         held = [id(p) for group in built.optimizer.param_groups for p in group["params"]]
@@ -97,9 +143,19 @@ def checks(cls: type, component: Any) -> list[Check]:
         for key, value in wanted.items():
             assert torch.equal(value, got[key]) if isinstance(value, Tensor) else value == got[key], key
 
+    def a_rate_of_zero_freezes() -> None:
+        built = learner(component)
+        before = {name: p.detach().clone() for name, p in built.sae.named_parameters()}
+        built.rates = tuple(0.0 for _ in built.rates)
+        run(built, 0, 3)
+        # All but the decoder, whose rows are put back on the sphere after each step.
+        moved = [n for n, p in built.sae.named_parameters() if n != "W_dec_FD" and not torch.equal(before[n], p)]
+        assert not moved, f"a rate of 0 moves {moved}"
+
     made = [
         every_parameter_has_one_group,
         lowers_a_quadratic,
+        a_rate_of_zero_freezes,
         scale_is_a_positive_function_of_the_clock,
         a_saved_learner_continues_bit_for_bit,
     ]

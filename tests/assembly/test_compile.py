@@ -13,7 +13,7 @@ from spalf.assembly.compile import compile
 from spalf.assembly.convert import Converter
 from spalf.assembly.registry import Registry
 from spalf.core.recipe import Derived, Plan
-from spalf.core.slots import constraint, source, stratum, term
+from spalf.core.slots import constraint, label, source, stratum, term
 from spalf.core.values import Facts
 from spalf.errors import RecipeError, SourceError
 from spalf.parts import spalf_components
@@ -131,6 +131,25 @@ def row(plan: Plan, path: str) -> Derived:
 
 
 # ----------------------------------------------------------------------------------------------- what is settled
+@pytest.mark.parametrize(
+    ("optimizer", "use", "warmup"),
+    [
+        ("'adamw'", "linear", 20),
+        ("{ use = 'adamw', schedule = { warmup = 7 } }", "linear", 7),
+        ("{ use = 'adamw', schedule = 'cosine' }", "cosine", 20),
+        ("{ use = 'adamw', schedule = { use = 'constant', warmup = 3 } }", "constant", 3),
+    ],
+)
+def test_an_optimizer_that_names_no_schedule_gets_one(optimizer: str, use: str, warmup: int) -> None:
+    plan = plan_of(f"optimizer={optimizer}")
+    schedule: Any = getattr(plan.recipe.optimizer, "schedule", None)
+    assert label(type(schedule)).use == use
+    assert schedule.warmup == warmup
+    if use != "constant":
+        assert row(plan, "optimizer.schedule.warmup").value == warmup
+    assert f"schedule.{use}" in plan.origins
+
+
 def test_knobs_that_are_0_are_derived() -> None:
     plan = plan_of()
     assert (plan.knobs.F, plan.knobs.L0_target) == (32 * 64, 6)
@@ -199,7 +218,7 @@ def test_an_idle_component_is_not_settled() -> None:
 def test_the_gains_of_the_controller_are_derived() -> None:
     plan = plan_of()
     paths = {r.path for r in plan.derived}
-    assert {"dual.K_P", "dual.K_I", "optimizer.warmup", "phase.calibrate.tokens"} <= paths
+    assert {"dual.K_P", "dual.K_I", "optimizer.schedule.warmup", "phase.calibrate.tokens"} <= paths
     assert row(plan, "total_steps").value == plan.total_steps == 100
 
 
@@ -333,6 +352,12 @@ MISTAKES = [
     (["record.keep=0"], "record.keep: must be > 0, got 0"),
     # components
     (["dual.kpp=1"], "dual.kpp: unknown option"),
+    (
+        ["optimizer.warmup=3"],
+        'optimizer.warmup: unknown option (write "schedule.warmup": it is an option of schedule "linear")',
+    ),
+    (["optimizer.schedule.decoy=0.1"], 'optimizer.schedule.decoy: unknown option (did you mean "decay"?)'),
+    (["optimizer.schedule=linar"], 'optimizer.schedule: no schedule is called "linar" (did you mean "linear"?)'),
     (["dual=adcr"], 'dual: no dual is called "adcr" (did you mean "adrc"?)'),
     (["dual=3"], "dual: expected a table or a name, got int 3"),
     (["phase.fit.gate='feasibl'"], 'phase.fit.gate: no gate is called "feasibl" (did you mean "feasible"?)'),

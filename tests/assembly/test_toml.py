@@ -106,6 +106,16 @@ def test_what_is_no_text_file(tmp_path: Path) -> None:
             {"phase": {"fit": {"gate": "exhausted"}}},
             {"phase": {"fit": {"terms": ["l0"], "gate": {"use": "exhausted"}}}},
         ),
+        (
+            {"optimizer": {"use": "adam", "schedule": {"use": "linear", "final": 0.1}}},
+            {"optimizer": {"schedule": "cosine"}},
+            {"optimizer": {"use": "adam", "schedule": {"use": "cosine"}}},
+        ),
+        (
+            {"optimizer": {"use": "adam", "schedule": "cosine"}},
+            {"optimizer": {"schedule": {"final": 0.2}}},
+            {"optimizer": {"use": "adam", "schedule": {"use": "cosine", "final": 0.2}}},
+        ),
         ({"strata": ["a", "b"]}, {"strata": ["b"]}, {"strata": ["b"]}),
         ({"knobs": {"F": 1}}, {"knobs": 3}, {"knobs": 3}),
     ],

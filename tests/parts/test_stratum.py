@@ -14,6 +14,7 @@ from spalf.core.recipe import Knobs, Plan
 from spalf.core.values import Clock, Facts, Raw, White
 from spalf.errors import ComponentError, RecipeError, SourceError
 from spalf.parts.optimizer import Adam
+from spalf.parts.schedule import Constant
 from spalf.parts.stratum import Anchored, Free
 from spalf.parts.whitener import SoftZca
 from spalf.testing import conform
@@ -167,7 +168,7 @@ def test_free_rows_are_uniform_on_the_sphere() -> None:
 
 
 def test_norms_hold_after_every_step() -> None:
-    built = learner(Adam(lr=0.05, warmup=1))
+    built = learner(Adam(lr=0.05, schedule=Constant()))
     for step in range(100):
         built.descend((built.sae.W_dec_FD * torch.randn(6, 4)).sum(), Clock(step=step, total=100))
         torch.testing.assert_close(built.sae.W_dec_FD.detach().norm(dim=1), torch.ones(6), rtol=0, atol=1e-6)
@@ -175,7 +176,7 @@ def test_norms_hold_after_every_step() -> None:
 
 def test_the_first_moment_needs_no_projection() -> None:
     """What Free's docstring claims: little of it is radial, and rows settle where they do with a tangent moment."""
-    plain, projected = (learner(Adam(lr=0.003, warmup=1)) for _ in range(2))
+    plain, projected = (learner(Adam(lr=0.003, schedule=Constant())) for _ in range(2))
     target_FD = torch.randn(6, 4)
     for step in range(900):
         for built in (plain, projected):
