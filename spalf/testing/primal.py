@@ -17,7 +17,14 @@ from spalf.testing.toy import toy_view
 
 Check = Callable[[], None]
 
-EXAMPLES = {("constraint", "causal"): {"calibration": 8}}
+OF_A_GATE = frozenset({("term", "gated_aux")})
+"""Parts that read the gate of an activation."""
+
+EXAMPLES = {
+    ("constraint", "causal"): {"calibration": 8},
+    ("term", "aux_k"): {"window": 1000},
+    ("term", "pre_activation"): {"window": 1000},
+}
 
 
 def checks(cls: type, component: Any) -> list[Check]:
@@ -158,8 +165,16 @@ def _activation(component: Any) -> list[Check]:
 
 
 # ------------------------------------------------------------------------------------------------ term, constraint
+def _view(part: Any, **options: Any) -> View:
+    """`toy_view` with the activation that the part asks for; jumprelu where it asks for none."""
+    from spalf.parts.activation import Gated
+
+    ref = label(type(part))
+    return toy_view(**{**({"activation": Gated()} if (ref.slot, ref.use) in OF_A_GATE else {}), **options})
+
+
 def _reaches_a_parameter(part: Any) -> None:
-    view = toy_view()
+    view = _view(part)
     value = part.value(view)
     assert value.ndim == 0, f"value is {value}"
     assert math.isfinite(float(value.detach())), f"value is {value}"
@@ -169,8 +184,8 @@ def _reaches_a_parameter(part: Any) -> None:
 
 def _mean_value(part: Any, n: int = 64, **view: Any) -> tuple[float, float]:
     """Mean over draws and its standard error; one draw where a second one is equal."""
-    values = [float(part.value(toy_view(seed=0, **view)).detach())]
-    first = toy_view(seed=0, **view)
+    values = [float(part.value(_view(part, seed=0, **view)).detach())]
+    first = _view(part, seed=0, **view)
     for seed in range(1, n):
         values.append(float(part.value(evolve(first, draw=torch.Generator().manual_seed(seed))).detach()))
         if seed == 1 and values[0] == values[1]:
@@ -191,7 +206,8 @@ def _only(view: View, rows: slice) -> View:
     keep_F = torch.zeros(code.width)
     keep_F[rows] = 1
     masked = evolve(code, pre_BK=code.pre_BK * keep_F, gate_BK=code.gate_BK * keep_F, z_BK=code.z_BK * keep_F)
-    return evolve(view, forward=evolve(view.forward, code=masked))
+    silent_F = (view.silent_F * keep_F).to(view.silent_F.dtype)
+    return evolve(view, forward=evolve(view.forward, code=masked), silent_F=silent_F)
 
 
 def _term(component: Any) -> list[Check]:
@@ -202,19 +218,20 @@ def _term(component: Any) -> list[Check]:
         _repeated_rows_change_nothing(component)
 
     def unchanged_by_the_unit_of_model_space() -> None:
-        close(component.value(toy_view(scale=20.0)), component.value(toy_view()), "value in another unit", 1e-3)
+        other, own = (component.value(_view(component, scale=scale)) for scale in (20.0, 1.0))
+        close(other, own, "value in another unit", 1e-3)
 
     def equal_on_a_list() -> None:
         if not component.dense:
             from spalf.parts.kernel import TorchOps
 
-            listed = toy_view(dense=False, ops=TorchOps(code="compact"))
+            listed = _view(component, dense=False, ops=TorchOps(code="compact"))
             assert listed.forward.code.index_BK is not None
-            close(component.value(listed), component.value(toy_view()), "value of a compact code")
+            close(component.value(listed), component.value(_view(component)), "value of a compact code")
 
     def shards_add_up() -> None:
         if component.partial:
-            view, cut = toy_view(), 19
+            view, cut = _view(component), 19
             parts = [component.value(_only(view, rows)) for rows in (slice(0, cut), slice(cut, view.sae.width))]
             close(parts[0] + parts[1], component.value(view), "sum over shards")
 
@@ -235,17 +252,17 @@ def _constraint(component: Any) -> list[Check]:
         _repeated_rows_change_nothing(component)
 
     def the_budget_is_positive_and_carries_no_graph() -> None:
-        budget = component.budget(toy_view())
+        budget = component.budget(_view(component))
         assert budget.ndim == 0, f"budget is {budget}"
         assert 0 < float(budget) < math.inf, f"budget is {budget}"
         assert not budget.requires_grad
 
     def value_and_budget_share_a_unit() -> None:
-        ratios = [component.value(v) / component.budget(v) for v in (toy_view(), toy_view(scale=20.0))]
+        ratios = [component.value(v) / component.budget(v) for v in (_view(component), _view(component, scale=20.0))]
         close(ratios[1], ratios[0], "value / budget in another unit of model space", 1e-2)
 
     def a_step_against_the_gradient_lowers_it() -> None:
-        view = toy_view()
+        view = _view(component)
         before = component.value(view)
         before.backward()
         found = gradients(view.sae)
@@ -257,7 +274,7 @@ def _constraint(component: Any) -> list[Check]:
             with torch.no_grad():
                 for name, p in view.sae.named_parameters():
                     p.sub_(step * found[name])
-            after = min(after, float(component.value(toy_view(sae=view.sae)).detach()))
+            after = min(after, float(component.value(_view(component, sae=view.sae)).detach()))
         assert after < float(before.detach()), f"from {float(before.detach())} to {after}"
 
     return [

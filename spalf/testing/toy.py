@@ -22,6 +22,8 @@ __all__ = ["ToyStream", "toy_sae", "toy_view"]
 D, V, T = 12, 40, 8
 ROWS = {"anchored": 16, "free": 32}
 DENSITY = 0.15
+SILENT = 6
+"""Features, the last ones, that have not fired for 10 000 activations."""
 FACTS = Facts(
     d_model=D, n_vocab=V, provides=frozenset({"activations", "tokens", "logits", "unembedding", "truth"}), context=T
 )
@@ -176,5 +178,5 @@ def toy_view(
         clock=Clock(step=round(100 * progress), total=100),
         draw=torch.Generator().manual_seed(seed),
         reconstruct=reconstruct,
-        silent_F=torch.zeros(sae.width, dtype=torch.int64),
+        silent_F=torch.where(torch.arange(sae.width) < sae.width - SILENT, 0, 10_000),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from attrs import field
 from attrs.validators import ge
@@ -67,6 +69,8 @@ class Gated:
     At inference it is a JumpReLU, and is exported as one. `start`: active features at the start of training as a
     multiple of the target, 0 for zero biases, as published. `pre_bias`: encode y - b_dec.
     """
+
+    has_gate: ClassVar[bool] = True
 
     start: float = field(default=0.0, validator=ge(0.0))
     pre_bias: bool = False

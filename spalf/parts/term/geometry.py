@@ -1,4 +1,4 @@
-"""Summands of the objective, each a ratio: weights and multipliers mean the same for every model."""
+"""Terms on the shape of code and dictionary."""
 
 from __future__ import annotations
 
@@ -9,46 +9,9 @@ from attrs import field
 from attrs.validators import ge, gt, lt
 from torch import Tensor
 
-from spalf.core.slots import from_knob, term
-from spalf.core.values import Code, View
+from spalf.core.slots import term
+from spalf.core.values import View
 from spalf.errors import RunError
-
-
-def listed(value_F: Tensor, code: Code) -> Tensor:
-    """One value per feature, at each entry of the code; 0 at padding."""
-    if code.index_BK is None:
-        return value_F
-    return torch.cat([value_F, value_F.new_zeros(1)])[code.index_BK]
-
-
-@term("l0")
-class L0:
-    """Mean number of active features per row, over the target; its gradient is the activation's surrogate."""
-
-    partial: ClassVar[bool] = True
-    dense: ClassVar[bool] = False
-    target: int = from_knob("L0_target", validator=gt(0))
-
-    def value(self, view: View) -> Tensor:
-        return view.forward.code.l0_B().mean() / self.target
-
-
-@term("l1")
-class L1:
-    """Mean over rows of sum_j |gain| z_j ||w_j||, over the target.
-
-    Every feature counts with the length of what it adds to the whitened reconstruction, so that neither small codes
-    with long decoder rows nor a large gain make it cheap.
-    """
-
-    partial: ClassVar[bool] = True
-    dense: ClassVar[bool] = False
-    target: int = from_knob("L0_target", validator=gt(0))
-
-    def value(self, view: View) -> Tensor:
-        length_F = view.sae.log_gain.exp() * view.sae.W_dec_FD.norm(dim=1)
-        code = view.forward.code
-        return (code.z_BK.abs() * listed(length_F, code)).sum(-1).mean() / self.target
 
 
 @term("discretization")
