@@ -144,10 +144,16 @@ def export(path: str | Path, out: str | Path, *, dtype: str = "float32") -> Path
     """
     from spalf.engine import export as exporting
 
+    _, plan, state = closed(path)
+    return exporting.export(plan, state, Path(out), dtype)
+
+
+def closed(path: str | Path) -> tuple[Path, Plan, TrainingState]:
+    """The checkpoint that `path` means, its plan and its state on the CPU, without its source: no model, no text."""
     at, plan, _ = _plan_at(path, None, (), closed=True)
     state = build(plan, torch.device("cpu"), unopened(plan.facts))
     checkpoint.load(at, plan, state)
-    return exporting.export(plan, state, Path(out), dtype)
+    return at, plan, state
 
 
 def harvest(
