@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +14,15 @@ from spalf.core.recipe import Plan
 from spalf.core.values import Raw, Sequences, View, White
 from spalf.engine.language import kl, patch_after_first
 from spalf.errors import RecipeError, RunError
-from spalf.parts.constraint import Causal, CausalBlend, Drift, Faithfulness, Orthogonality
+from spalf.parts.activation import BatchTopK, Gated, ReLU, TopK
+from spalf.parts.constraint import Causal, CausalBlend, Drift, Faithfulness, L0Rate, L1Rate, Orthogonality
 from spalf.parts.constraint.dictionary import _pairs_B
 from spalf.parts.kernel import TorchOps
 from spalf.testing import conform
 from spalf.testing.primal import checks
 from spalf.testing.toy import FACTS, ToyStream, toy_view
 
-CLASSES = (Causal, CausalBlend, Drift, Faithfulness, Orthogonality)
+CLASSES = (Causal, CausalBlend, Drift, Faithfulness, L0Rate, L1Rate, Orthogonality)
 SPACES = pytest.mark.parametrize("space", ["raw", "white"])
 
 
@@ -36,6 +38,7 @@ def test_conforms(check) -> None:
         *checks(Orthogonality, Orthogonality(stratum="free", space="white")),
         *checks(Causal, Causal(recovered=0.9)),
         *checks(CausalBlend, CausalBlend(r2=0.9, live=True, space="white")),
+        *checks(L1Rate, L1Rate(target=2.5)),
     ],
 )
 def test_conforms_with_other_options(check) -> None:
@@ -61,6 +64,9 @@ def plan(**rows: int) -> Plan:
         (Drift(within=0.2), 0.04 * 16, "within^2 * anchored rows"),
         (Orthogonality(slack=2.0), 2 * 3 / 12, "slack * 3 / d_model"),
         (Causal(share=0.5), None, "0.5 * KL on entering"),
+        (L0Rate(target=7), 7.0, "target"),
+        (L1Rate(target=2.5), 2.5, "target"),
+        (L1Rate(share=0.25), None, "0.25 * the value on entering"),
         (Causal(recovered=0.9), None, "(1 - 0.9) * KL of mean ablation"),
     ],
 )
@@ -295,3 +301,40 @@ def test_the_published_blend_has_no_causal_gradient() -> None:
     faithful = gradient(Faithfulness(r2=0.9))
     assert torch.allclose(gradient(CausalBlend(r2=0.9)), faithful / 2, rtol=1e-4, atol=1e-7)
     assert not torch.allclose(gradient(CausalBlend(r2=0.9, live=True)), faithful / 2, rtol=0.05)
+
+
+def test_l0_rate_counts_and_moves_thresholds_alone() -> None:
+    view = toy_view()
+    part = L0Rate(target=5)
+    value = part.value(view)
+    assert number(value) == pytest.approx(int((view.forward.code.z_BK > 0).sum()) / 64)
+    value.backward()
+    moved = {n for n, p in view.sae.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert moved == {"_activator.log_threshold_F"}
+
+
+@pytest.mark.parametrize("activation", [ReLU(), Gated(), TopK(k=3), BatchTopK(k=3)])
+def test_an_activation_whose_count_has_no_gradient_cannot_meet_l0_rate(activation: Any) -> None:
+    """No graph is what the engine takes for a dead constraint, at the first step."""
+    assert not L0Rate(target=5).value(toy_view(activation=activation)).requires_grad
+
+
+def test_l1_rate_weighs_with_what_a_code_adds() -> None:
+    """In a list as in a dense code; long rows or a large gain make no code cheap."""
+    view = toy_view(rows=5)
+    z_BF, w_FD = view.forward.code.dense().detach(), view.sae.W_dec_FD.detach()
+    wanted = sum(float(z_BF[b, f] * w_FD[f].norm()) for b in range(5) for f in range(48)) / 5
+    assert number(L1Rate().value(view)) == pytest.approx(wanted, rel=1e-5)
+    listed = toy_view(rows=5, dense=False, ops=TorchOps(code="compact"))
+    assert listed.forward.code.index_BK is not None
+    assert number(L1Rate().value(listed)) == pytest.approx(wanted, rel=1e-5)
+    with torch.no_grad():
+        view.sae.log_gain.fill_(math.log(3))
+        view.sae.W_dec_FD.mul_(2)
+    assert number(L1Rate().value(view)) == pytest.approx(6 * wanted, rel=1e-5)
+
+
+def test_l1_rate_without_a_target_asks_for_a_share_of_what_it_finds() -> None:
+    view = toy_view()
+    assert number(L1Rate(share=0.25).budget(view)) == pytest.approx(0.25 * number(L1Rate().value(view)))
+    assert number(L1Rate(target=2.5).budget(view)) == 2.5

@@ -3,5 +3,6 @@
 from spalf.parts.constraint.causal import Causal, CausalBlend
 from spalf.parts.constraint.dictionary import Drift, Orthogonality
 from spalf.parts.constraint.reconstruction import Faithfulness
+from spalf.parts.constraint.sparsity import L0Rate, L1Rate
 
-__all__ = ["Causal", "CausalBlend", "Drift", "Faithfulness", "Orthogonality"]
+__all__ = ["Causal", "CausalBlend", "Drift", "Faithfulness", "L0Rate", "L1Rate", "Orthogonality"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from attrs import field
@@ -12,8 +13,13 @@ from torch.nn.functional import normalize
 
 from spalf.core.recipe import Derived, Plan
 from spalf.core.slots import constraint
+from spalf.core.state import Anchor
 from spalf.core.values import Code, View
 from spalf.errors import Problem, RecipeError, RunError
+
+# Anchors in whitened coordinates, by anchor: an [A, D] x [D, D] product that never changes, for anchors are made after
+# the metric is fitted.
+_STARTS: WeakKeyDictionary[Anchor, Tensor] = WeakKeyDictionary()
 
 # Random unit vectors have mean squared cosine 1/d; co-active features of one context are allowed this multiple.
 _RANDOM_LEVELS = 3.0
@@ -49,7 +55,7 @@ class Drift:
     def value(self, view: View) -> Tensor:
         """Raises RunError where the stratum has no anchors."""
         start_AD = self._start(view)
-        return (view.sae.W_dec_FD[view.sae.rows[self.stratum]] - start_AD).square().sum()
+        return view.sae.machine.ops.distance(view.sae, start_AD, view.sae.rows[self.stratum])
 
     def derive(self, plan: Plan) -> list[Derived]:
         """The budget's row for `spalf compile`. Raises RecipeError where the recipe has no such stratum."""
@@ -65,8 +71,10 @@ class Drift:
                 f'constraint.drift.stratum: "{self.stratum}" has no anchors, {known} has '
                 "(name an anchored stratum, or leave the constraint out)"
             )
-        anchors_AD = view.anchors[self.stratum].directions_AD
-        return normalize(view.metric.white_direction(anchors_AD), dim=-1)
+        anchor = view.anchors[self.stratum]
+        if anchor not in _STARTS:
+            _STARTS[anchor] = normalize(view.metric.white_direction(anchor.directions_AD), dim=-1)
+        return _STARTS[anchor]
 
 
 def _pairs_B(code: Code, rows: slice) -> Tensor:
