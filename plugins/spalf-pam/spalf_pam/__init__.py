@@ -1,0 +1,17 @@
+"""A plugin for spalf: phase `pam` (PAM-SGD, arXiv 2505.11836), evaluator `power_diagram`, command `spalf pam`.
+
+Importing it loads neither torch nor the components: `spalf --help` lists its command.
+"""
+
+from spalf import hookimpl
+
+__all__ = ["spalf_components"]
+
+
+@hookimpl
+def spalf_components() -> list[type]:
+    """What this package offers."""
+    from spalf_pam.phase import Pam
+    from spalf_pam.power import PowerDiagram
+
+    return [Pam, PowerDiagram]
