@@ -16,8 +16,8 @@ from spalf.core.values import Sequences
 
 RESAMPLES = 1000
 LEVEL = 0.95
-LOW, HIGH = ".low", ".high"
-"""What the ends of a measure's interval are called: `ce_gap`, `ce_gap.low`, `ce_gap.high`."""
+LOW, HIGH = ".ci_low", ".ci_high"
+"""What the ends of a measure's interval are called: `ce_gap`, `ce_gap.ci_low`, `ce_gap.ci_high`."""
 
 Totals = Mapping[str, Tensor]
 """Sums over units, by name: [R] or [R, D], float64."""
@@ -94,15 +94,16 @@ class Measured(dict[str, float]):
         self.samples = samples
 
 
-def measured(samples: Samples, extra: Mapping[str, float] | None = None) -> Measured:
-    """Each measure with the ends of its 95 % interval, then `extra`, then how many units there were."""
+def measured(samples: Samples, extra: Mapping[str, float] | None = None, units: str = "documents") -> Measured:
+    """Each measure with the ends of its 95 % interval, then `extra`, then how many units there were, as `units`."""
     out: dict[str, float] = {}
     ends = intervals(samples)
     for name, value in samples.values().items():
         out[name] = value
         if name in ends:
             out[name + LOW], out[name + HIGH] = ends[name]
-    return Measured({**out, **(extra or {}), "documents": float(len(samples.unit_U))}, samples)
+    counted = {units: float(len(samples.unit_U))} if units else {}
+    return Measured({**out, **(extra or {}), **counted}, samples)
 
 
 def draws(units: int, seed: int = 0, resamples: int = RESAMPLES) -> Tensor:

@@ -16,9 +16,10 @@ from attrs import evolve
 from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
 from spalf.engine import evaluate
+from spalf.engine.bootstrap import Tally
 from spalf.engine.step import dead_window, reconstructor
 from spalf.testing import toy_plan
-from spalf.testing.whole import moved, snapshot, started
+from spalf.testing.whole import moved, snapshot, stage_for, started
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,14 @@ def mid() -> tuple[Plan, TrainingState]:
 def held_out_rows(state: TrainingState, n: int = 1024) -> torch.Tensor:
     stream = state.stream.held_out()
     return torch.cat([stream.next(128).x_BD for _ in range(n // 128)])
+
+
+def explained(x: torch.Tensor, error: torch.Tensor) -> float:
+    """R2 as a tally has it, added 64 rows at a time."""
+    tally = Tally()
+    for unit, (part, e) in enumerate(zip(x.split(64), error.split(64), strict=True)):
+        tally.add(torch.full((len(part),), unit), n=torch.ones(len(part)), **evaluate.squares("raw", part, e))
+    return tally.samples(lambda totals: {"r2": evaluate.r2("raw", totals)}).values()["r2"]
 
 
 # ---------------------------------------------------------------------------------------------------------- dictionary
@@ -61,20 +70,37 @@ def test_a_mean_that_dwarfs_the_spread_costs_no_digits() -> None:
     """Float64 sums: at a mean of 10^4 spreads, float32 ones would have no digit left."""
     x = torch.randn(4096, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e4
     error = 0.1 * torch.randn(4096, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    sums = evaluate.Moment2()
-    for part, e in zip(x.split(64), error.split(64), strict=True):
-        sums.add(part, e)
     wanted = 1 - error.square().sum() / (x - x.mean(0)).square().sum()
-    assert sums.r2() == pytest.approx(float(wanted), rel=1e-6)
+    assert explained(x, error) == pytest.approx(float(wanted), rel=1e-6)
 
 
 def test_perfect_and_mean_reconstructions(mid: tuple[Plan, TrainingState]) -> None:
     x = held_out_rows(mid[1]).double()
-    perfect, mean = evaluate.Moment2(), evaluate.Moment2()
-    perfect.add(x, torch.zeros_like(x))
-    mean.add(x, x - x.mean(0))
-    assert perfect.r2() == 1.0
-    assert mean.r2() == pytest.approx(0.0, abs=1e-9)
+    assert explained(x, torch.zeros_like(x)) == 1.0
+    assert explained(x, x - x.mean(0)) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_intervals_of_the_dictionary_s_own_numbers(mid: tuple[Plan, TrainingState]) -> None:
+    plan, state = mid
+    out = evaluate.dictionary(plan, state)
+    for name in ("l0", "r2_raw", "r2_whitened", "shrinkage"):
+        assert out[f"{name}.ci_low"] < out[name] < out[f"{name}.ci_high"], name
+    assert out["l0.p10"] <= out["l0.median"] <= out["l0.p90"]
+    assert out["dense_fraction"] <= 1 - out["dead_fraction"]
+    assert "documents" not in out, "rows of a synthetic source are independent"
+
+
+def test_text_is_resampled_by_document() -> None:
+    plan, state = stage_for(frozenset({"logits"}))
+    with evaluate.untouched(state):
+        tally = Tally()
+        units, rows = zip(*evaluate.held_out_rows(plan, state, tally), strict=True)
+    sequences = state.stream.held_out().sequences(1024 // 31)
+    assert torch.equal(torch.cat(units), sequences.document_ST[:, 1:].flatten())
+    assert torch.equal(torch.cat(rows), state.stream.activations(sequences)[:, 1:].flatten(0, 1))
+    out = evaluate.dictionary(plan, state)
+    assert out["rows"] == sequences.tokens_ST[:, 1:].numel()
+    assert out["documents"] == len(set(torch.cat(units).tolist())) > 3
 
 
 def test_dead_is_silent_for_long_and_here_too(mid: tuple[Plan, TrainingState]) -> None:
