@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from spalf.errors import CheckpointError, ComponentError, Problem, RecipeError, RunError, SourceError, SpalfError
     from spalf.hooks import hookimpl
     from spalf.launch import compile_recipe, evaluate, export, harvest, load, resume, run
+    from spalf.loaded import Codes, Loaded
     from spalf.parts.source.pairs import Pairs, read_pairs, write_pairs
 
 __version__ = "0.1.0"
@@ -71,6 +72,7 @@ _HOMES = {
     "spalf.errors": "CheckpointError ComponentError Problem RecipeError RunError SourceError SpalfError",
     "spalf.hooks": "hookimpl",
     "spalf.launch": "compile_recipe evaluate export harvest load resume run",
+    "spalf.loaded": "Codes Loaded",
     "spalf.parts.source.pairs": "Pairs read_pairs write_pairs",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
@@ -85,6 +87,7 @@ __all__ = [
     "CheckpointError",
     "Clock",
     "Code",
+    "Codes",
     "ComponentError",
     "ComponentRef",
     "ControlState",
@@ -93,6 +96,7 @@ __all__ = [
     "Forward",
     "Knobs",
     "Learner",
+    "Loaded",
     "Machine",
     "Metric",
     "Ops",

@@ -25,6 +25,7 @@ from spalf.engine.examples import FeatureExample, examples
 from spalf.engine.run import Interrupt, Run, stopping
 from spalf.engine.summary import summarize
 from spalf.errors import CheckpointError, DivergedError, Problem, RecipeError, RunError, SpalfError
+from spalf.loaded import SEQUENCES, Loaded
 from spalf.record import Recorder, write_json
 
 OVERRIDABLE = ("record", "budget.tokens", "kernel", "evaluator")
@@ -42,14 +43,6 @@ class Result:
     outcome: str
     summary: dict[str, Any]
     examples: list[FeatureExample]
-
-
-@frozen(kw_only=True, eq=False)
-class Loaded:
-    """A plan and its state, for looking and measuring."""
-
-    plan: Plan
-    state: TrainingState
 
 
 def compile_recipe(recipe: str | Path, sets: Sequence[str] = ()) -> Plan:
@@ -111,12 +104,16 @@ def resume(
     return _train(resumed, manager, observers, stop_at)
 
 
-def load(path: str | Path, *, device: str = "auto") -> Loaded:
-    """The plan and state of a run's newest checkpoint, or of a checkpoint directory."""
+def load(path: str | Path, *, device: str = "auto", sequences: int = SEQUENCES) -> Loaded:
+    """A run's newest checkpoint, or a checkpoint directory, beside its language model.
+
+    What is measured of single features is measured on `sequences` held-out contexts. Raises CheckpointError where there
+    is nothing to load, SourceError where its model or text cannot be read.
+    """
     at, plan, _ = _plan_at(path, None, ())
     state = build(plan, _device(device))
     checkpoint.load(at, plan, state)
-    return Loaded(plan=plan, state=state)
+    return Loaded(plan=plan, state=state, sequences=sequences)
 
 
 def evaluate(

@@ -52,6 +52,7 @@ UNITS = {
     ),
     "record": Unit(layer=5, third_party=ENGINE),
     "plugins": Unit(layer=6, third_party=TENSORS | {"pluggy"}, must_not=names("parts record")),
+    "loaded": Unit(layer=6, third_party=TENSORS, must_not=names("parts record plugins")),
     "testing": Unit(layer=7, third_party=ENGINE, lazy=names("pytest hypothesis"), also=names("__init__")),
     "launch": Unit(layer=7, third_party=ENGINE),
     "cli": Unit(layer=7, third_party=ENGINE | names("typer rich"), also=names("__init__ launch")),

@@ -12,7 +12,8 @@ import typer
 from attrs import frozen
 
 import spalf
-from spalf.cli import catalogue
+from spalf.cli import catalogue, intervene
+from spalf.cli.arguments import Device, Json, RecipeArg, RunArg, Sets, StateArg, StopAt
 from spalf.cli.group import Group
 from spalf.cli.terminal import console, note, show, write_json
 
@@ -31,23 +32,6 @@ app = typer.Typer(
 app.add_typer(catalogue.components, name="components")
 app.add_typer(catalogue.presets, name="presets")
 app.add_typer(catalogue.plugins, name="plugins")
-
-RecipeArg = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a preset.", show_default=False)
-]
-RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
-StateArg = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run: its newest one.", show_default=False)
-]
-Sets = Annotated[
-    list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; repeatable.", show_default=False),
-]
-Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1.")]
-StopAt = Annotated[
-    int | None, typer.Option("--stop-at", metavar="STEP", min=1, help="Save and stop at this step.", show_default=False)
-]
-Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 
 
 @frozen
@@ -245,3 +229,6 @@ def harvest(
 def _wrote(ctx: typer.Context, path: Path) -> None:
     if not ctx.obj.quiet:
         note(f"wrote {path}")
+
+
+intervene.add_to(app)
