@@ -6,6 +6,7 @@ Shapes as in spalf/core/values.py; N planted features, P predicted positions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,30 +20,26 @@ from spalf.core.recipe import Plan
 from spalf.core.slots import label
 from spalf.core.state import TrainingState
 from spalf.core.values import Raw, Sequences, White
+from spalf.engine import checkpoint
+from spalf.engine.bootstrap import Tally, measured
 from spalf.engine.build import build
+from spalf.engine.evaluate import untouched
 from spalf.engine.language import patch_after_first
 from spalf.engine.step import reconstructor
+from spalf.errors import CheckpointError
 from spalf.parts import evaluator as module
-from spalf.parts.evaluator import DownstreamLoss, DriftFidelity, GroundTruth, Loss, SparsityFrontier
+from spalf.parts.evaluator import Consistency, DownstreamLoss, DriftFidelity, Geometry, GroundTruth, SparsityFrontier
+from spalf.parts.evaluator.downstream import _measure
 from spalf.testing import conform, toy_plan
 from spalf.testing.whole import CPU, enter, language_plan, moved, snapshot, stage_for, started, through
 
-EVALUATORS = [cls for cls in vars(module).values() if isinstance(cls, type) and "__spalf__" in vars(cls)]
+EVALUATORS = [getattr(module, name) for name in module.__all__]
 CHECKS = [pytest.param(check, id=f"{label(cls).use}-{check.__name__}") for cls in EVALUATORS for check in conform(cls)]
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_conforms(check: Callable[[], None]) -> None:
     check()
-
-
-def test_all_four_are_here() -> None:
-    assert {label(c).use for c in EVALUATORS} == {
-        "downstream_loss",
-        "drift_fidelity",
-        "ground_truth",
-        "sparsity_frontier",
-    }
 
 
 # --------------------------------------------------------------------------------------------------- downstream loss
@@ -135,20 +132,61 @@ def test_losses_against_numpy() -> None:
 
 def test_no_share_of_an_ablation_that_costs_nothing() -> None:
     ce = {"clean": 3.0, "patched": 3.2, "mean_ablated": 4.0, "zero_ablated": 3.0}
-    report = DownstreamLoss._report({name: Loss(ce=value, positions=1) for name, value in ce.items()})
+    tally = Tally()
+    tally.add(
+        torch.arange(3),
+        n=torch.ones(3),
+        gap_square=torch.full((3,), 0.04),
+        **{f"ce.{name}": torch.full((3,), value, dtype=torch.float64) for name, value in ce.items()},
+        **{name: torch.ones(3) for name in ("kl.patched", "kl.mean_ablated", "n.early", "n.late")},
+        **{name: torch.ones(3) for name in ("gap.early", "gap.late")},
+    )
+    report = measured(tally.samples(_measure))
     assert report["loss_recovered"] == pytest.approx(0.8)
+    assert report["ce_gap"] == pytest.approx(0.2)
+    assert report["ce_gap.position_std"] == pytest.approx(0.0, abs=1e-7)
     assert "loss_recovered_zero" not in report
 
 
+def test_the_spread_of_the_loss_against_numpy() -> None:
+    plan, state = stage_for(frozenset({"logits"}))
+    out = DownstreamLoss(sequences=10)(plan, state)
+    sequences: Sequences = state.stream.held_out().sequences(10)
+    assert sequences.document_ST is not None
+    tokens, document = sequences.tokens_ST.numpy(), sequences.document_ST.numpy()[:, 1:]
+    clean = log_softmax(state.stream.logits(sequences))
+    patched = log_softmax(state.stream.logits(sequences, patch_after_first(reconstructor(state))))
+    gap = -np.take_along_axis(patched[:, :-1] - clean[:, :-1], tokens[:, 1:, None], -1)[..., 0]
+    kl = (np.exp(clean) * (clean - patched)).sum(-1)[:, :-1]
+    quarter = np.arange(gap.shape[1]) / gap.shape[1]
+    assert out["ce_gap.early"] == pytest.approx(gap[:, quarter < 0.25].mean(), abs=1e-5)
+    assert out["ce_gap.late"] == pytest.approx(gap[:, quarter >= 0.75].mean(), abs=1e-5)
+    assert out["ce_gap.position_std"] == pytest.approx(gap.std(), rel=1e-4)
+    assert out["kl.position_p99"] == pytest.approx(np.quantile(kl, 0.99), rel=1e-4)
+    means = [gap[document == d].mean() for d in np.unique(document)]
+    assert out["documents"] == len(means) > 2
+    assert out["ce_gap.document_mean"] == pytest.approx(np.mean(means), abs=1e-5)
+    assert out["ce_gap.document_std"] == pytest.approx(np.std(means), rel=1e-3)
+    assert out["ce_gap.ci_low"] < out["ce_gap"] < out["ce_gap.ci_high"]
+
+
 # ---------------------------------------------------------------------------------------------------- drift fidelity
+DRIFT = ("cosine_mean", "cosine_min", "own_token", "promotes_own", "promotes_own_top")
+
+
 def test_anchored_rows_start_on_their_anchors() -> None:
     plan = language_plan()
     state = build(plan, CPU)
     through(plan, state, "calibrate")
     out = DriftFidelity()(plan, state)
-    assert set(out) == {"anchored.cosine_mean", "anchored.cosine_min", "anchored.own_token"}
-    for name, value in out.items():
-        assert value == pytest.approx(1.0, abs=1e-5), name
+    assert set(out) == {f"anchored.{name}" for name in DRIFT}
+    for name in DRIFT[:3]:
+        assert out[f"anchored.{name}"] == pytest.approx(1.0, abs=1e-5), name
+    unembedding_VD, anchor = state.stream.unembedding().numpy(), state.anchors["anchored"]
+    logits = anchor.directions_AD.numpy() @ unembedding_VD.T
+    ranks = (logits > np.take_along_axis(logits, anchor.ids_A.numpy()[:, None], 1)).sum(1)
+    assert out["anchored.promotes_own"] == pytest.approx((ranks == 0).mean())
+    assert out["anchored.promotes_own_top"] == pytest.approx((ranks < 10).mean())
     # turn row 3 until it is 60 degrees from its own anchor, and lay row 5 on another's
     anchor_AD, rows = state.anchors["anchored"].directions_AD, state.sae.rows["anchored"]
     aside_D = normalize(torch.randn(plan.facts.d_model), dim=0)
@@ -185,6 +223,8 @@ def test_the_truth_in_any_order_is_recovered() -> None:
     state.learner.assign("W_dec_FD", rows_FD)
     out = GroundTruth(rows=2048)(plan, state)
     assert out["mcc"] == pytest.approx(1.0, abs=1e-6), "scale, sign and order mean nothing"
+    wanted = np.mean([floor(truth_ND, plan.knobs.F, seed) for seed in range(20)])
+    assert out["mcc_floor"] == pytest.approx(wanted, abs=0.03)
     assert out["uniqueness"] == 1.0
 
 
@@ -272,3 +312,126 @@ def test_frontier_at_1_is_the_trained_language_loss() -> None:
     loss = DownstreamLoss(sequences=8)(plan, state)
     assert frontier["ce@1"] == pytest.approx(loss["ce_patched"], rel=1e-5)
     assert moved(before, snapshot(state)) == []
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        '{ use = "topk", k = 6 }',
+        '{ use = "batch_topk", k = 6 }',
+        '{ use = "relu" }',
+        '{ use = "gated" }',
+    ],
+)
+def test_frontier_of_every_kind_of_activation_starts_from_the_trained_code(activation: str) -> None:
+    plan = toy_plan(activation=activation)
+    state = build(plan, CPU)
+    through(plan, state, "calibrate")
+    with torch.no_grad():
+        for name, value in dict(state.sae.named_parameters()).items():
+            if name.startswith("_activator."):
+                value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0)))
+    out = SparsityFrontier(multipliers=(1.0, 1.5, 2.0), rows=512)(plan, state)
+    with untouched(state):
+        code = state.sae.encode(state.metric.white(state.stream.next(512).x_BD))
+    assert out["l0@1"] == pytest.approx(float(code.l0_B().mean()))
+    if "relu" in activation:
+        assert set(out) == {"l0@1", "r2_raw@1"}, "there is no threshold to scale"
+    else:
+        assert out["l0@1"] > out["l0@1.5"] > out["l0@2"] > 0
+
+
+# -------------------------------------------------------------------------------------------------------- geometry
+def test_geometry_of_an_orthonormal_frame() -> None:
+    plan, state = planted(knobs__F="32", strata='["free"]')
+    d = plan.facts.d_model
+    eye_DD = torch.eye(d)
+    state.learner.assign("W_dec_FD", torch.cat([3.0 * eye_DD, -eye_DD])[:32])
+    out = Geometry()(plan, state)
+    assert out["coherence"] == out["coherence_mean"] == pytest.approx(1.0)
+    assert out["duplicates"] == 0.0, "the opposite direction is another one"
+    assert out["frame_energy"] == pytest.approx(0.0, abs=1e-12)
+    assert out["cosine_square"] == pytest.approx(32 / (32 * 31))
+    assert out["welch"] == pytest.approx(((32 - d) / (d * 31)) ** 0.5)
+    rows_FD = torch.cat([eye_DD, eye_DD[:16]])[:32]
+    state.learner.assign("W_dec_FD", rows_FD)
+    out = Geometry()(plan, state)
+    assert out["duplicates"] == 1.0
+
+
+def test_geometry_against_numpy_for_each_stratum() -> None:
+    plan, state = stage_for(frozenset({"logits"}))
+    out = Geometry(duplicate=0.5)(plan, state)
+    rows = state.metric.raw_direction(White(state.sae.W_dec_FD.detach())).double().numpy()
+    for name, span in {"": slice(None), **state.sae.rows}.items():
+        unit = rows[span] / np.linalg.norm(rows[span], axis=1, keepdims=True)
+        cosine = unit @ unit.T - np.eye(len(unit))
+        wanted = {
+            "coherence": np.abs(cosine).max(),
+            "coherence_mean": np.abs(cosine).max(1).mean(),
+            "duplicates": (cosine.max(1) > 0.5).mean(),
+            "cosine_square": (cosine**2).sum() / (len(unit) * (len(unit) - 1)),
+            "frame_energy": ((unit.T @ unit / len(unit) - np.eye(unit.shape[1]) / unit.shape[1]) ** 2).sum(),
+        }
+        for key, value in wanted.items():
+            assert out[f"{name}.{key}" if name else key] == pytest.approx(value, abs=1e-5), (name, key)
+    assert 0 < out["coactivation"] < 1
+
+
+def test_coactivation_counts_pairs_that_fire_together() -> None:
+    plan = toy_plan(whitener="identity")
+    state = started(plan)
+    state.learner.assign("W_dec_FD", torch.eye(plan.facts.d_model)[0].repeat(plan.knobs.F, 1))
+    assert Geometry(sample=256)(plan, state)["coactivation"] == pytest.approx(1.0)
+
+
+# ----------------------------------------------------------------------------------------------------- consistency
+def saved(plan: Plan, state: TrainingState, at: Path) -> str:
+    return str(checkpoint.save(plan, state, at, "", {"serial": 1}))
+
+
+def test_a_run_agrees_with_itself_in_any_order(tmp_path: Path) -> None:
+    plan = toy_plan()
+    state = started(plan)
+    path = saved(plan, state, tmp_path)
+    order = torch.randperm(plan.knobs.F)
+    state.learner.assign("W_dec_FD", 2.0 * state.sae.W_dec_FD[order])
+    out = Consistency(runs=(path,))(plan, state)
+    assert out["pw_mcc"] == pytest.approx(1.0, abs=1e-5)
+    assert out["shared"] == 1.0
+    state.learner.assign("W_dec_FD", -state.sae.W_dec_FD)
+    assert Consistency(runs=(path,))(plan, state)["pw_mcc"] < 0.9, "a feature has a sign"
+
+
+def test_random_dictionaries_are_at_the_floor(tmp_path: Path) -> None:
+    plan = toy_plan(whitener="identity")
+    state = build(plan, CPU)
+    paths = []
+    for seed in range(3):
+        draw = torch.Generator().manual_seed(seed)
+        state.learner.assign("W_dec_FD", torch.randn(plan.knobs.F, plan.facts.d_model, generator=draw))
+        paths.append(saved(plan, state, tmp_path / str(seed)))
+    out = Consistency(runs=tuple(paths[:2]))(plan, state)
+    assert out["pw_mcc"] == pytest.approx(out["pw_mcc_floor"], abs=0.05)
+    assert 0.2 < out["pw_mcc_floor"] < 0.8
+    assert out["dictionaries"] == 3.0
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
+    plan = toy_plan()
+    state = build(plan, CPU)
+    with pytest.raises(CheckpointError, match="no such directory"):
+        Consistency(runs=(str(tmp_path / "nowhere"),))(plan, state)
+    other = toy_plan(whitener="identity")
+    path = saved(other, build(other, CPU), tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r'is whitened by "identity" and this run by "soft_zca" \(use spalf compare'
+    ):
+        Consistency(runs=(path,))(plan, state)
+    wide = toy_plan(source__d_model="24")
+    path = saved(wide, build(wide, CPU), tmp_path / "wide")
+    with pytest.raises(CheckpointError, match="has d_model 24 and this run 16"):
+        Consistency(runs=(path,))(plan, state)
+    (Path(path) / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="its decoder cannot be read"):
+        Consistency(runs=(path,))(wide, build(wide, CPU))
