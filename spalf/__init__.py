@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from spalf.launch import compile_recipe, evaluate, export, harvest, load, resume, run
     from spalf.loaded import Codes, Loaded
     from spalf.parts.source.pairs import Pairs, read_pairs, write_pairs
+    from spalf.reporting import features, write_report
 
 __version__ = "0.1.0"
 
@@ -74,6 +75,7 @@ _HOMES = {
     "spalf.launch": "compile_recipe evaluate export harvest load resume run",
     "spalf.loaded": "Codes Loaded",
     "spalf.parts.source.pairs": "Pairs read_pairs write_pairs",
+    "spalf.reporting": "features write_report",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -128,6 +130,7 @@ __all__ = [
     "evaluate",
     "evaluator",
     "export",
+    "features",
     "filter",
     "from_knob",
     "from_slot",
@@ -153,6 +156,7 @@ __all__ = [
     "view_of",
     "whitener",
     "write_pairs",
+    "write_report",
 ]
 
 

@@ -12,7 +12,7 @@ import typer
 from attrs import frozen
 
 import spalf
-from spalf.cli import catalogue, intervene
+from spalf.cli import catalogue, intervene, look
 from spalf.cli.arguments import Device, Json, RecipeArg, RunArg, Sets, StateArg, StopAt
 from spalf.cli.group import Group
 from spalf.cli.terminal import console, note, show, write_json
@@ -232,3 +232,4 @@ def _wrote(ctx: typer.Context, path: Path) -> None:
 
 
 intervene.add_to(app)
+look.add_to(app)
