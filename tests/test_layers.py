@@ -51,12 +51,16 @@ UNITS = {
         lazy=names("transformers transformer_lens datasets pyarrow h5py scipy tokenizers huggingface_hub"),
     ),
     "record": Unit(layer=5, third_party=ENGINE),
+    "report": Unit(layer=5, third_party=names("attrs"), must_not=names("assembly kernels nn")),
     "plugins": Unit(layer=6, third_party=TENSORS | {"pluggy"}, must_not=names("parts record")),
+    "track": Unit(layer=6, third_party=TENSORS | {"pluggy"}, must_not=names("parts plugins loaded")),
+    "training": Unit(layer=6, third_party=TENSORS, must_not=names("parts plugins loaded track")),
     "loaded": Unit(layer=6, third_party=TENSORS, must_not=names("parts record plugins")),
     "testing": Unit(layer=7, third_party=ENGINE, lazy=names("pytest hypothesis"), also=names("__init__")),
     "launch": Unit(layer=7, third_party=ENGINE),
-    "cli": Unit(layer=7, third_party=ENGINE | names("typer rich"), also=names("__init__ launch")),
-    "__init__": Unit(layer=7, third_party=TENSORS, also=names("launch")),
+    "reporting": Unit(layer=7, third_party=names("attrs"), also=names("launch")),
+    "cli": Unit(layer=7, third_party=ENGINE | names("typer rich"), also=names("__init__ launch reporting")),
+    "__init__": Unit(layer=7, third_party=TENSORS, also=names("launch reporting")),
     "__main__": Unit(layer=7, third_party=frozenset(), also=names("cli __init__")),
 }
 # `@triton.jit` needs triton where a kernel is written. Such a module is itself lazy: imported inside functions only.
