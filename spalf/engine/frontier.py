@@ -1,8 +1,8 @@
 """Thresholds scaled after training: what L0 a dictionary needs for which error, and what it reaches at a given L0.
 
-At scale s a threshold t becomes t + (s - 1) |t|, which is s t where it is positive. A dictionary that keeps its k
-largest entries has no threshold to scale: it keeps k / s of them. One whose thresholds are all 0 (relu) has nothing to
-multiply: its scale is a threshold for all features, and 0 is the trained one.
+At scale s a threshold t becomes t + (s - 1) |t|, which is s t where it is positive; where all are 0 (relu) there is
+nothing to multiply, and s - 1 is the threshold of all features. A dictionary that keeps its k largest entries keeps
+k / s of them. Scale 1 is the trained dictionary.
 """
 
 from __future__ import annotations
@@ -19,21 +19,15 @@ LEAST = 0.05
 """Entries below this share of their threshold matter at no useful L0: leaving them out keeps the sort small."""
 
 
-def trained_scale(state: TrainingState) -> float:
-    """The scale of the dictionary as it was trained: 1, or 0 where there is nothing to multiply."""
-    activator = state.sae.activator
-    return 1.0 if activator.k or bool((activator.threshold_F() != 0).any()) else 0.0
-
-
 @torch.no_grad()
 def rescaled(state: TrainingState, white_BD: White, scale: float) -> Code:
-    """The dense code at `scale`; that of `trained_scale` is the trained code."""
+    """The dense code at `scale`; scale 1 is the trained code."""
     code, activator = state.sae.encode(white_BD, dense=True), state.sae.activator
     size_BF = code.pre_BK.abs() if activator.signed else code.pre_BK
     if activator.k:
         gate_BF = _largest(size_BF, max(1, round(activator.k / scale)))
     else:
-        gate_BF = size_BF > activator.threshold_F() + (scale - trained_scale(state)) * _unit_F(state)
+        gate_BF = size_BF > activator.threshold_F() + (scale - 1.0) * _unit_F(state)
     slope_F, shift_F = activator.affine_F() or (torch.ones_like(code.pre_BK[0]), torch.zeros_like(code.pre_BK[0]))
     z_BF = torch.where(gate_BF, (slope_F * size_BF + shift_F).clamp(min=0), 0.0)
     return Code(
@@ -49,7 +43,7 @@ def rescaled(state: TrainingState, white_BD: White, scale: float) -> Code:
 def _unit_F(state: TrainingState) -> Tensor:
     """How far one unit of scale moves each threshold."""
     threshold_F = state.sae.activator.threshold_F()
-    return threshold_F.abs().clamp(min=1e-6) if trained_scale(state) else torch.ones_like(threshold_F)
+    return threshold_F.abs().clamp(min=1e-6) if bool((threshold_F != 0).any()) else torch.ones_like(threshold_F)
 
 
 def _largest(size_BF: Tensor, k: int) -> Tensor:
@@ -66,13 +60,13 @@ def scale_for_l0(state: TrainingState, white_BD: White, l0: float) -> float:
     """
     if state.sae.activator.k:
         return state.sae.activator.k / max(1.0, l0)
-    activator, trained = state.sae.activator, trained_scale(state)
-    unit_F, threshold_F, least, ratios = _unit_F(state), activator.threshold_F(), LEAST * trained, []
+    activator, unit_F, ratios = state.sae.activator, _unit_F(state), []
     for few_BD in _chunks(white_BD):
         pre_BF = state.sae.encode(White(few_BD), dense=True).pre_BK
-        ratio = trained + ((pre_BF.abs() if activator.signed else pre_BF) - threshold_F) / unit_F
-        ratios.append(ratio[ratio > least].cpu())
-    pooled = torch.cat([torch.tensor([least]), *ratios])
+        size_BF = pre_BF.abs() if activator.signed else pre_BF
+        ratio = 1.0 + (size_BF - activator.threshold_F()) / unit_F
+        ratios.append(ratio[ratio > LEAST].cpu())
+    pooled = torch.cat([torch.tensor([LEAST]), *ratios])
     rank = min(len(pooled) - 1, round(l0 * white_BD.shape[0]))
     out = float(pooled.kthvalue(len(pooled) - rank).values)
     return 2.0 * out if rank == 0 else (out + float(pooled.kthvalue(len(pooled) - rank + 1).values)) / 2

@@ -17,7 +17,7 @@ from spalf.core.values import Raw, Sequences, White
 from spalf.engine import language
 from spalf.engine.bootstrap import Samples, Tally, measured
 from spalf.engine.evaluate import untouched
-from spalf.engine.frontier import rescaled, trained_scale
+from spalf.engine.frontier import rescaled
 
 SEQUENCES = 8
 """Contexts per pass of the patched model."""
@@ -27,9 +27,9 @@ SEQUENCES = 8
 class SparsityFrontier:
     """L0, explained variance (raw) and, with a language model, cross-entropy over scaled thresholds.
 
-    Every threshold is multiplied by each of `multipliers`; 1 is the trained dictionary. A dictionary that keeps its k
-    largest entries keeps k / multiplier of them; one without thresholds (relu) has the point at 1 alone. Intervals of
-    the cross-entropy are over documents.
+    Every threshold is multiplied by each of `multipliers`; 1 is the trained dictionary. One that keeps its k largest
+    entries keeps k / multiplier of them; one whose thresholds are 0 (relu) gets multiplier - 1 as the threshold of all.
+    Intervals of the cross-entropy are over documents.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -41,14 +41,13 @@ class SparsityFrontier:
 
     def __call__(self, plan: Plan, state: TrainingState) -> dict[str, float]:
         out = {}
-        scales = self.multipliers if trained_scale(state) else (1.0,)
         with untouched(state):
             x_BD = state.stream.next(self.rows).x_BD
-            for scale in scales:
-                out[f"l0@{scale:g}"], out[f"r2_raw@{scale:g}"] = _at_scale(state, x_BD, scale * trained_scale(state))
+            for scale in self.multipliers:
+                out[f"l0@{scale:g}"], out[f"r2_raw@{scale:g}"] = _at_scale(state, x_BD, scale)
             if "logits" not in plan.facts.provides:
                 return out
-            return measured(_losses(state, state.stream.sequences(self.sequences), scales), out)
+            return measured(_losses(state, state.stream.sequences(self.sequences), self.multipliers), out)
 
 
 def _at_scale(state: TrainingState, x_BD: Raw, scale: float) -> tuple[float, float]:
@@ -71,7 +70,7 @@ def _losses(state: TrainingState, sequences: Sequences, scales: tuple[float, ...
         real_SP = part.real_ST[:, 1:]
         sums: dict[str, Tensor] = {}
         for scale in scales:
-            logits_STV = state.stream.logits(part, _patch(state, scale * trained_scale(state)))
+            logits_STV = state.stream.logits(part, _patch(state, scale))
             sums[f"ce@{scale:g}"] = language.cross_entropy(logits_STV, part.tokens_ST)[real_SP]
         tally.add(tally.units(part)[:, 1:][real_SP], n=torch.ones(int(real_SP.sum()), device=real_SP.device), **sums)
     return tally.samples(lambda totals: {k: v / totals["n"] for k, v in totals.items() if k != "n"})
