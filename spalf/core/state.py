@@ -89,11 +89,27 @@ class Learner:
         with torch.no_grad():
             self._each_stratum(lambda s, rows: s.project_(self.sae.W_dec_FD.data[rows]))
 
-    def assign(self, name: str, value: Tensor) -> None:
-        """The only other way a parameter changes; keeps its place in the optimizer."""
+    def assign(self, name: str, value: Tensor, rows: Tensor | None = None) -> None:
+        """The only other way a parameter changes, or these `rows` of it; keeps its place in the optimizer."""
         parameter = dict(self.sae.named_parameters())[name]
         with torch.no_grad():
-            parameter.copy_(value.to(parameter))
+            if rows is None:
+                parameter.copy_(value.to(parameter))
+            else:
+                parameter[rows] = value.to(parameter)
+
+    def forget(self, features: Tensor) -> None:
+        """Zero the moments of these features, in every parameter that has a row per feature.
+
+        Counts of steps stay: they are one number per parameter. With Adam's bias correction long over, the first steps
+        of these rows are up to (1 - beta_1) / sqrt(1 - beta_2) = 3.2 times the rate.
+        """
+        for name, parameter in self.sae.named_parameters():
+            if name == "b_dec_D" or parameter.ndim == 0 or parameter.shape[0] != self.sae.width:
+                continue
+            for value in self.optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value[features] = 0
 
     def _each_stratum(self, act: Callable[[Stratum, slice], None]) -> None:
         for name, rows in self.sae.rows.items():

@@ -31,6 +31,7 @@ CPU = torch.device("cpu")
 EXAMPLES: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("phase", "calibrate"): {"samples": 2048},
     ("phase", "constrained"): {"constraints": ("faithfulness", "orthogonality"), "gate": Exhausted()},
+    ("phase", "resampling"): {"constraints": ("faithfulness",), "gate": Exhausted(), "every": 4, "window": 256},
     ("evaluator", "downstream_loss"): {"sequences": 4},
     ("evaluator", "sparsity_frontier"): {"rows": 1024, "sequences": 4},
     ("evaluator", "ground_truth"): {"rows": 2048},

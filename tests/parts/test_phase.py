@@ -36,8 +36,8 @@ def test_conforms(check: Callable[[], None]) -> None:
     check()
 
 
-def test_both_are_here() -> None:
-    assert {label(cls).use for cls in PHASES} == {"calibrate", "constrained"}
+def test_all_are_here() -> None:
+    assert {label(cls).use for cls in PHASES} == {"calibrate", "constrained", "resampling"}
 
 
 # --------------------------------------------------------------------------------------------------------- calibrate

@@ -1,21 +1,18 @@
-"""Phases: `calibrate` settles what is measured, `constrained` is every stretch of training by gradient."""
+"""`calibrate`: what is measured before any gradient is taken."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from attrs import evolve, field, frozen
 from attrs.validators import gt
 
-from spalf.core.protocols import Gate
 from spalf.core.recipe import Derived, Plan
 from spalf.core.slots import phase
 from spalf.core.state import TrainingState
 from spalf.core.values import Reading
-from spalf.engine import control, initialise, moments
-from spalf.engine.step import primal_dual_step, switch_on
+from spalf.engine import initialise, moments
 
 
 @frozen(kw_only=True, eq=False)
@@ -89,45 +86,3 @@ class Calibrate:
         state.measured["calibrate.converged"] = float(verdict == "converged")
         state.measured["gain"] = float(state.sae.log_gain.detach().exp())
         state.phase = evolve(own, finished=True)
-
-
-@phase("constrained")
-class Constrained:
-    """Minimise the sum of `terms` subject to `constraints` until `gate` opens or the budget is spent.
-
-    `hold` names what stays frozen of "dual" and "penalty". `handover` maps a constraint that ends to one that takes
-    over its multiplier and penalty. Constraints that are already on keep their budgets and multipliers; entering ones
-    measure a budget on one batch. `rate` scales the optimizer's schedule: a constraint measured on a few sequences has
-    gradients of much noise, which Adam at full rate turns into error.
-    """
-
-    terms: tuple[str, ...] = ("l0",)
-    constraints: tuple[str, ...] = ()
-    gate: Gate[Any]
-    hold: tuple[str, ...] = ()
-    handover: Mapping[str, str] = field(factory=dict)
-    rate: float = field(default=1.0, validator=gt(0.0))
-
-    def init(self, plan: Plan) -> Any:
-        return self.gate.init()
-
-    def enter(self, plan: Plan, state: TrainingState) -> None:
-        names = plan.constraints
-        device = state.device
-        on_M = torch.tensor([n in self.constraints for n in names], dtype=torch.bool, device=device)
-        entering_M = on_M & ~state.control.on_M
-        state.control = evolve(state.control, on_M=on_M)
-        if bool(entering_M.any()):
-            switch_on(plan, state, [n for i, n in enumerate(names) if bool(entering_M[i])])
-        if self.handover:
-            # After entering, which would calibrate an inherited penalty anew.
-            pairs = [(names.index(a), names.index(b)) for a, b in self.handover.items()]
-            state.control = control.hand_over(state.control, pairs)
-
-    def step(self, plan: Plan, state: TrainingState) -> Reading:
-        reading, signal = primal_dual_step(plan, state, self.terms, self.constraints, self.hold, self.rate)
-        state.phase = self.gate.step(state.phase, signal, state.clock)
-        return reading
-
-    def done(self, plan: Plan, state: TrainingState) -> bool:
-        return state.clock.exhausted or self.gate.open(state.phase, state.clock)
