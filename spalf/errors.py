@@ -54,6 +54,12 @@ class CheckpointError(SpalfError):
     exit_code = 2
 
 
+class ExchangeError(SpalfError):
+    """A dictionary that another library's format cannot hold, a file of one that cannot be read, or a failed upload."""
+
+    exit_code = 2
+
+
 class RunError(SpalfError):
     """A run that started and could not go on."""
 
