@@ -59,8 +59,9 @@ UNITS = {
     "testing": Unit(layer=7, third_party=ENGINE, lazy=names("pytest hypothesis"), also=names("__init__")),
     "launch": Unit(layer=7, third_party=ENGINE),
     "reporting": Unit(layer=7, third_party=names("attrs"), also=names("launch")),
-    "cli": Unit(layer=7, third_party=ENGINE | names("typer rich"), also=names("__init__ launch reporting")),
-    "__init__": Unit(layer=7, third_party=TENSORS, also=names("launch reporting")),
+    "exchange": Unit(layer=7, third_party=ENGINE, lazy=names("huggingface_hub"), also=names("launch")),
+    "cli": Unit(layer=7, third_party=ENGINE | names("typer rich"), also=names("__init__ launch exchange reporting")),
+    "__init__": Unit(layer=7, third_party=TENSORS, also=names("launch exchange reporting")),
     "__main__": Unit(layer=7, third_party=frozenset(), also=names("cli __init__")),
 }
 # `@triton.jit` needs triton where a kernel is written. Such a module is itself lazy: imported inside functions only.
