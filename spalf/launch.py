@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
 
 from spalf import plugins
 from spalf.assembly import compile as compiler
@@ -21,34 +20,28 @@ from spalf.core.state import TrainingState
 from spalf.engine import checkpoint
 from spalf.engine import evaluate as measuring
 from spalf.engine.build import build, unopened
-from spalf.engine.examples import FeatureExample, examples
-from spalf.engine.run import Interrupt, Run, stopping
-from spalf.engine.summary import summarize
-from spalf.errors import CheckpointError, DivergedError, Problem, RecipeError, RunError, SpalfError
+from spalf.engine.run import Run
+from spalf.errors import CheckpointError, Problem, RecipeError
 from spalf.loaded import SEQUENCES, Loaded
-from spalf.record import Recorder, write_json
+from spalf.track import Tracking
+from spalf.training import Result, train
 
 OVERRIDABLE = ("record", "budget.tokens", "kernel", "evaluator")
 """What may differ between a checkpoint's recipe and the run that goes on from it."""
 
-WRITTEN = ("checkpoints", "recipe.toml", "plan.json", "metrics.jsonl", "summary.json", "features.json", "report.html")
+WRITTEN = (
+    *("checkpoints", "recipe.toml", "plan.json", "metrics.jsonl", "metrics.csv", "summary.json", "features.json"),
+    *("report.html", "atlas.json", "trackers"),
+)
 """What a run leaves in its directory."""
-
-
-@frozen(kw_only=True)
-class Result:
-    """The end of a run: its directory, outcome ("done" or "stopped"), summary.json's content, and feature examples."""
-
-    directory: Path
-    outcome: str
-    summary: dict[str, Any]
-    examples: list[FeatureExample]
 
 
 def compile_recipe(recipe: str | Path, sets: Sequence[str] = ()) -> Plan:
     """The plan of a recipe file or preset. Raises RecipeError with all of its problems."""
-    _, registry = plugins.load()
-    return compiler.compile(toml.read(recipe, sets), registry)
+    manager, registry = plugins.load()
+    plan = compiler.compile(toml.read(recipe, sets), registry)
+    plugins.trackers(manager, plan.recipe.record.track)
+    return plan
 
 
 def filled_text(recipe: str | Path, sets: Sequence[str] = ()) -> str:
@@ -78,10 +71,11 @@ def run(
     where = _device(device)
     _refuse_existing(directory, force)
     text = _text(plan, registry)
+    watching = [*_tracking(manager, plan, directory), *observers]
     started = Run.start(plan, directory, device=where, hooks=manager.hook, recipe_text=text)
     if directory.exists():
         _remove_run(directory)
-    return _train(started, manager, observers, stop_at)
+    return train(started, manager, watching, stop_at)
 
 
 def resume(
@@ -100,8 +94,10 @@ def resume(
     """
     manager, _ = plugins.load()
     at, plan, text = _plan_at(path, checkpoint, sets)
-    resumed = Run.resume(plan, at, device=_device(device), hooks=manager.hook, recipe_text=text)
-    return _train(resumed, manager, observers, stop_at)
+    where = _device(device)
+    watching = [*_tracking(manager, plan, at.absolute().parent.parent), *observers]
+    resumed = Run.resume(plan, at, device=where, hooks=manager.hook, recipe_text=text)
+    return train(resumed, manager, watching, stop_at)
 
 
 def load(path: str | Path, *, device: str = "auto", sequences: int = SEQUENCES) -> Loaded:
@@ -175,6 +171,12 @@ def _text(plan: Plan, registry: Registry) -> str:
     return toml.write(Converter(registry).unstructure(plan.recipe))
 
 
+def _tracking(manager: Any, plan: Plan, directory: Path) -> list[Tracking]:
+    """The trackers of `record.track` for a run in `directory`; nothing is written yet. Raises RecipeError."""
+    chosen = plugins.trackers(manager, plan.recipe.record.track)
+    return [Tracking(name, make(plan, directory)) for name, make in chosen.items()]
+
+
 def _device(name: str) -> torch.device:
     """Raises RecipeError for a device that is not there."""
     if name == "auto":
@@ -238,61 +240,6 @@ def _remove_run(directory: Path) -> None:
             shutil.rmtree(target)
         elif target.exists():
             target.unlink()
-
-
-def _train(started: Run, manager: Any, observers: Sequence[object], stop_at: int | None) -> Result:
-    started.directory.mkdir(parents=True, exist_ok=True)
-    recorder = Recorder(started.directory, started.plan, started.recipe_text)
-    for observer in (recorder, *observers):
-        manager.register(observer)
-    try:
-        with stopping(started):
-            return _finish(started, recorder, _outcome(started, stop_at))
-    except Interrupt:
-        return _stopped(started, recorder)
-    except Exception as e:
-        outcome = "diverged" if isinstance(e, DivergedError) else "failed"
-        said = str(e) if isinstance(e, SpalfError) else f"{type(e).__name__}: {e}"
-        recorder.write_summary({**_ending(started, outcome), "notes": [said]})
-        raise
-    finally:
-        for observer in (recorder, *observers):
-            manager.unregister(observer)
-
-
-def _outcome(started: Run, stop_at: int | None) -> str:
-    """Train. Raises RunError where the device's memory is full, else what a run raises."""
-    try:
-        return started.train(stop_at)
-    except torch.OutOfMemoryError as e:
-        first = re.split(r"(?<=\.)\s", str(e), maxsplit=1)[0]
-        raise RunError(f"out of device memory: {first} (lower budget.batch, knobs.F or source.sequences)") from e
-
-
-def _ending(ended: Run, outcome: str) -> dict[str, Any]:
-    clock = ended.state.clock
-    return {"name": ended.plan.recipe.name, "outcome": outcome, "step": clock.step, "phase": clock.phase}
-
-
-def _stopped(ended: Run, recorder: Recorder) -> Result:
-    """A stopped run says only where; it is measured when it has been resumed to its end."""
-    summary = _ending(ended, "stopped")
-    recorder.write_summary(summary)
-    return Result(directory=ended.directory, outcome="stopped", summary=summary, examples=[])
-
-
-def _finish(ended: Run, recorder: Recorder, outcome: str) -> Result:
-    """Measure a finished run, unless it was asked to stop."""
-    if outcome != "done" or ended.asked_to_stop:
-        return _stopped(ended, recorder)
-    plan, state = ended.plan, ended.state
-    with ended.timed("evaluate"):
-        summary = summarize(plan, state, outcome, ended.wall)
-        shown = examples(plan, state)
-    summary["wall_seconds"] = {k: round(v, 3) for k, v in ended.wall.items()}
-    recorder.write_summary(summary)
-    write_json(ended.directory / "features.json", shown)
-    return Result(directory=ended.directory, outcome=outcome, summary=summary, examples=shown)
 
 
 __all__ = ["Loaded", "Result", "compile_recipe", "evaluate", "export", "harvest", "load", "resume", "run"]

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pluggy
 
 from spalf import hooks
+from spalf.assembly.hints import suggest
 from spalf.assembly.registry import Registry
+from spalf.core.recipe import Plan
 from spalf.core.slots import label
-from spalf.errors import ComponentError
+from spalf.errors import ComponentError, Problem, RecipeError
+
+Tracker = Callable[[Plan, Path], object]
 
 GROUP = "spalf"
-BUILT_IN = ("spalf.parts", "spalf.record")
+BUILT_IN = ("spalf.parts", "spalf.record", "spalf.track")
 
 
 def load() -> tuple[pluggy.PluginManager, Registry]:
@@ -40,6 +45,37 @@ def load() -> tuple[pluggy.PluginManager, Registry]:
         origins[point.name] = origin
         _register(manager, _imported(point, origin), point.name, origin)
     return manager, Registry(_offers(manager, origins))
+
+
+def trackers(manager: pluggy.PluginManager, names: Iterable[str]) -> dict[str, Tracker]:
+    """The trackers of these names, in this order. Raises RecipeError for a name that nobody offers, ComponentError for
+    a plugin whose trackers are no dictionary of functions and for one that offers a name again.
+    """
+    offered: dict[str, Tracker] = {}
+    for implementation in manager.hook.spalf_trackers.get_hookimpls():
+        plugin = implementation.plugin_name
+        try:
+            found = implementation.function()
+        except Exception as e:
+            raise ComponentError(
+                f'{origin_of(plugin)}: spalf_trackers() of plugin "{plugin}" failed: {_told(e)}'
+            ) from e
+        if not isinstance(found, dict) or not all(isinstance(k, str) and callable(v) for k, v in found.items()):
+            raise ComponentError(
+                f'{origin_of(plugin)}: spalf_trackers() of plugin "{plugin}" returns no dictionary of functions by name'
+            )
+        twice = sorted(found.keys() & offered.keys())
+        if twice:
+            raise ComponentError(
+                f'{origin_of(plugin)}: tracker "{twice[0]}" is offered twice (rename or uninstall one)'
+            )
+        offered |= found
+    problems = [
+        Problem("record.track", f'no tracker is called "{n}"', suggest(n, offered)) for n in names if n not in offered
+    ]
+    if problems:
+        raise RecipeError(problems)
+    return {name: offered[name] for name in names}
 
 
 def manager() -> pluggy.PluginManager:

@@ -67,7 +67,7 @@ class Recorder:
         self.directory = directory
         self.plan = plan
         self._order = {name: i for i, name in enumerate(plan.recipe.phases)}
-        self._fresh = True
+        self._lines: int | None = None
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / "recipe.toml", recipe_text)
         write_json(directory / "plan.json", plan)
@@ -80,26 +80,27 @@ class Recorder:
         """Write summary.json, whole; a number that is not finite becomes null."""
         write_json(self.directory / "summary.json", summary)
 
-    @hookimpl
+    @hookimpl(tryfirst=True)
     def spalf_stepped(self, run: Any, reading: Reading) -> None:
         # Calibration takes steps that the clock does not count; the run counts all, over a resume too.
         if run.readings % self.plan.recipe.record.log_every:
             return
         line = plain(reading.scalars())
-        if self._fresh:
-            self._drop_from(self._place(line))
-            self._fresh = False
+        if self._lines is None:
+            self._lines = self._drop_from(self._place(line))
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
+        run.hooks.spalf_logged(run=run, line=line, index=self._lines)
+        self._lines += 1
 
     def _place(self, line: Mapping[str, Any]) -> tuple[float, float, float]:
         """When a line was written, in an order that holds through a whole run."""
         return self._order.get(line["phase"], -1), line["step"], line.get("tokens") or 0.0
 
-    def _drop_from(self, place: tuple[float, float, float]) -> None:
-        """Keep only whole lines from before `place`."""
+    def _drop_from(self, place: tuple[float, float, float]) -> int:
+        """Keep only whole lines from before `place`; returns how many."""
         if not self.metrics.exists():
-            return
+            return 0
         kept = []
         for text in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
@@ -109,3 +110,4 @@ class Recorder:
             if self._place(line) < place:
                 kept.append(text + "\n")
         write_whole(self.metrics, "".join(kept))
+        return len(kept)

@@ -124,7 +124,7 @@ def test_every_component_has_a_contract(registry: Registry) -> None:
 def test_every_hook_is_described() -> None:
     page = (DOCS / "hooks.md").read_text(encoding="utf-8")
     specs = [f for n, f in vars(hooks).items() if n.startswith("spalf_")]
-    assert len(specs) == 5
+    assert len(specs) == 8
     for f in specs:
         heading = f"## {f.__name__}({', '.join(inspect.signature(f).parameters)})"
         assert heading in page.splitlines()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spalf import hookimpl, launch
+from spalf import hookimpl, launch, training
 from spalf.engine import checkpoint, evaluate
 from spalf.errors import CheckpointError, DeadConstraintError, DivergedError, RecipeError, RunError, SourceError
 from spalf.testing.whole import TOY, moved, snapshot
@@ -264,7 +264,7 @@ def test_a_signal_during_the_closing_evaluation_stops_it(
 ) -> None:
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "summarize", lambda *_: signal.raise_signal(number))
+        patch.setattr(training, "summarize", lambda *_: signal.raise_signal(number))
         result = run(recipe, tmp_path)
     assert signal.getsignal(number) == before
     assert (result.outcome, result.summary["step"]) == ("stopped", 20)
@@ -276,7 +276,7 @@ def test_a_signal_during_the_closing_evaluation_stops_it(
 def test_a_signal_at_the_last_step_spares_the_evaluation(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "summarize", lambda *_: pytest.fail("a run that was asked to stop went on"))
+    monkeypatch.setattr(training, "summarize", lambda *_: pytest.fail("a run that was asked to stop went on"))
     last = At(20, lambda _: signal.raise_signal(signal.SIGTERM))
     result = run(recipe, tmp_path, observers=[last])
     assert (result.outcome, result.summary["step"]) == ("stopped", 20)

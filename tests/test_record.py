@@ -67,7 +67,13 @@ def reading(step: int, phase: str = "fit", **values: float) -> Reading:
 def a_run(step: int, readings: int | None = None) -> Any:
     """A run at `step`, after `readings` steps of its phase: all of them, unless said."""
     state = SimpleNamespace(clock=Clock(step=step, total=16))
-    return SimpleNamespace(state=state, readings=step if readings is None else readings)
+    told: list[tuple[int, dict[str, Any]]] = []
+    return SimpleNamespace(
+        state=state,
+        readings=step if readings is None else readings,
+        told=told,
+        hooks=SimpleNamespace(spalf_logged=lambda run, line, index: told.append((index, line))),
+    )
 
 
 def drive(recorder: Recorder, first: int, last: int) -> None:
@@ -118,6 +124,17 @@ def test_resuming_writes_no_line_twice(tmp_path: Path, cut: int) -> None:
     drive(Recorder(tmp_path / "cut", make_plan(), ""), 1, 10)
     drive(Recorder(tmp_path / "cut", make_plan(), ""), cut + 1, 12)
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("cut", [1, 4, 7, 10])
+def test_observers_get_each_line_with_its_place_in_the_file(tmp_path: Path, cut: int) -> None:
+    drive(Recorder(tmp_path, make_plan(), ""), 1, 10)
+    again = Recorder(tmp_path, make_plan(), "")
+    for step in range(cut + 1, 13):
+        run = a_run(step)
+        again.spalf_stepped(run, reading(step, loss=float(step)))
+        written = lines(tmp_path)
+        assert run.told == ([(len(written) - 1, written[-1])] if step % 2 == 0 else [])
 
 
 def test_resuming_after_calibration_keeps_its_lines(tmp_path: Path) -> None:

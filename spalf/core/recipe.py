@@ -34,11 +34,12 @@ class Budget:
 
 @frozen(kw_only=True)
 class Record:
-    """Steps between log lines and between checkpoints, and how many checkpoints are kept."""
+    """Steps between log lines and between checkpoints, how many checkpoints are kept, and the names of trackers."""
 
     log_every: int = field(default=100, validator=gt(0))
     save_every: int = field(default=10_000, validator=gt(0))
     keep: int = field(default=3, validator=gt(0))
+    track: tuple[str, ...] = ()
 
 
 @frozen(kw_only=True)
