@@ -191,6 +191,8 @@ class Ops(Protocol):
     """A backend's surface; kernels/reference.py is the oracle of each."""
 
     name: str
+    bounded: bool
+    """Whether its lists have a fixed length, so that a training step may overflow; `update` then changes nothing."""
 
     def encode(self, white_BD: White, sae: Autoencoder, dense: bool) -> Code: ...
 
@@ -213,6 +215,11 @@ class Ops(Protocol):
         """
         ...
 
-    def update(self, learner: Learner) -> bool:
-        """Fused gradient and optimizer rule; False where this backend leaves it to the optimizer."""
+    def distance(self, sae: Autoencoder, target_AD: Tensor, rows: slice) -> Tensor:
+        """Sum of squared differences between the decoder's `rows` and their targets [A, D], a scalar."""
+        ...
+
+    def update(self, learner: Learner, loss: Tensor) -> bool:
+        """Backward pass of `loss`, optimizer's rule and projections in one; False, and nothing done, where this backend
+        leaves them to the learner."""
         ...

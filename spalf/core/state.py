@@ -63,31 +63,38 @@ class Learner:
         The step is at `rate` of the optimizer's schedule; the gradient is clipped where the optimizer has a `max_norm`.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self._set_rates(clock, rate)
+        # A backend that fuses the update has no gradient whose norm could be known before the step.
+        if not self._max_norm and self.sae.machine.ops.update(self, loss):
+            return
         loss.backward()  # type: ignore[no-untyped-call]
         self.advance(clock, rate)
 
     def advance(self, clock: Clock, rate: float = 1.0) -> None:
         """`descend` from the gradients that are there."""
-        factor = rate * self.rule.scale(clock)
-        for group, peak in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = peak * factor
-        max_norm = float(getattr(self.rule, "max_norm", 0.0))
-        # A backend that fuses the update has no gradient whose norm could be known before the step.
-        if not max_norm and self.sae.machine.ops.update(self):
-            return
+        self._set_rates(clock, rate)
         weight_FD, grad_FD = self.sae.W_dec_FD, self.sae.W_dec_FD.grad
         if grad_FD is not None:
             self._each_stratum(lambda s, rows: s.project_gradient_(weight_FD.data[rows], grad_FD[rows]))
-        if max_norm:
+        if self._max_norm:
             parameters = [p for _, p in self.sae.named_parameters()]
-            torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=False)  # waits for no device
+            torch.nn.utils.clip_grad_norm_(parameters, self._max_norm, error_if_nonfinite=False)  # waits for no device
         self.optimizer.step()
         self.project_()
+
+    def _set_rates(self, clock: Clock, rate: float) -> None:
+        factor = rate * self.rule.scale(clock)
+        for group, peak in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = peak * factor
+
+    @property
+    def _max_norm(self) -> float:
+        return float(getattr(self.rule, "max_norm", 0.0))
 
     def project_(self) -> None:
         """Put every stratum's decoder rows back where its geometry wants them."""
         with torch.no_grad():
-            self._each_stratum(lambda s, rows: s.project_(self.sae.W_dec_FD.data[rows]))
+            self._each_stratum(lambda s, rows: s.project_(self.sae.W_dec_FD.detach()[rows]))
 
     def assign(self, name: str, value: Tensor, rows: Tensor | None = None) -> None:
         """The only other way a parameter changes, or these `rows` of it; keeps its place in the optimizer."""

@@ -157,6 +157,11 @@ def where(mask_M: Tensor, new: Any, old: Any) -> Any:
     return _map2(pick, new, old)
 
 
+def choose(flag: Tensor, yes: Any, no: Any) -> Any:
+    """`yes` where a boolean scalar holds, else `no`, for two records of tensors; decided on the device."""
+    return _map2(lambda a, b: torch.where(flag, a, b), yes, no)
+
+
 def apply(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """A record like `tree` with `f` of every tensor."""
     return _map2(lambda a, _: f(a), tree, tree)

@@ -31,7 +31,8 @@ class Facts:
     """What a source knows before it loads a weight.
 
     `provides` names what its stream can give: "activations" always; "tokens", "logits" and "unembedding" with a
-    language model; "truth" with planted features. FLOPs are per activation (one token).
+    language model; "truth" with planted features; "labels" where rows are labelled by concept. FLOPs are per activation
+    (one token).
     """
 
     d_model: int
@@ -78,7 +79,7 @@ class Clock:
 
 @frozen(kw_only=True, eq=False)
 class Batch:
-    """Rows of one shuffled block; `truth_BN` holds the planted codes where a source has them, else None."""
+    """Rows of one shuffled block; `truth_BN` holds planted codes, or labels by concept, where a source has them."""
 
     x_BD: Raw
     truth_BN: Tensor | None = None
@@ -139,8 +140,14 @@ class Code:
         on = (self.gate_BK.detach() > 0).to(torch.int64)
         if self.index_BK is None:
             return on.sum(0)
-        counts = torch.zeros(self.width + 1, dtype=torch.int64, device=on.device)
-        return counts.scatter_add_(0, self.index_BK.reshape(-1), on.reshape(-1))[: self.width]
+        index_N = self.index_BK.reshape(-1)
+        spare = 1
+        if on.is_cuda:
+            # Padding spread over many counts: atomics on a single one would queue.
+            spare = 1024
+            index_N = index_N + (index_N == self.width) * (torch.arange(len(index_N), device=on.device) % spare)
+        counts = torch.zeros(self.width + spare, dtype=torch.int64, device=on.device)
+        return counts.scatter_add_(0, index_N, on.reshape(-1))[: self.width]
 
 
 @frozen(kw_only=True, eq=False)

@@ -30,10 +30,10 @@ def initialise(plan: Plan, state: TrainingState, white_BD: White) -> None:
         anchor = recipe.stratum[name].anchor(state.stream, n)
         if anchor is not None:
             state.anchors[name] = anchor
-        sae.W_dec_FD.data[rows] = recipe.stratum[name].start(n, state.metric, anchor, draw)
+        sae.W_dec_FD.detach()[rows] = recipe.stratum[name].start(n, state.metric, anchor, draw)
     state.learner.project_()
     # After the projection, which may move a row by a rounding: tied to the last bit.
-    sae.W_enc_FD.data.copy_(sae.W_dec_FD.data)
+    sae.W_enc_FD.detach().copy_(sae.W_dec_FD)
     density = start_density(plan)
     read_BD = white_BD - sae.b_dec_D if sae.activator.pre_bias else white_BD
     for begin in range(0, sae.width, CHUNK):

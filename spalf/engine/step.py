@@ -10,6 +10,7 @@ from attrs import frozen
 from torch import Tensor
 
 from spalf.core.built import Autoencoder
+from spalf.core import tree
 from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
 from spalf.core.values import Batch, Forward, Raw, Reading, Signal, View, Violations, White
@@ -166,9 +167,11 @@ def conclude(
     recipe = plan.recipe
     state.sae.activator.observe_(seen.forward.code)
     g_M = seen.measures.violations.g_M.detach()
-    state.control, signal = control.step(
-        recipe.filter, recipe.dual, recipe.penalty, state.control, g_M, state.clock, hold
-    )
+    moved, signal = control.step(recipe.filter, recipe.dual, recipe.penalty, state.control, g_M, state.clock, hold)
+    if state.sae.machine.ops.bounded:
+        # A list that was cut measured nothing: the dual side stays where it was, as the weights do.
+        moved = tree.choose(seen.forward.code.overflow, state.control, moved)
+    state.control = moved
     fired_F = seen.forward.code.fired_F()
     state.silent_F = torch.where(fired_F > 0, 0, state.silent_F + seen.batch.x_BD.shape[0])
     reading = _reading(plan, state, seen.forward, seen.measures, loss, signal)

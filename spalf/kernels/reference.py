@@ -126,11 +126,17 @@ def coactivation(
     return (squared_R / pairs_R.clamp(min=1)).sum() / (pairs_R > 0).sum().clamp(min=1)
 
 
+def distance(sae: Autoencoder, target_AD: Tensor, rows: slice) -> Tensor:
+    """||W_dec[rows] - target||_F^2, a scalar."""
+    return (sae.W_dec_FD[rows] - target_AD).square().sum()
+
+
 @define(kw_only=True)
 class ReferenceOps:
     """The oracle as a backend: dense codes, float32, autograd throughout."""
 
     name: str = "reference"
+    bounded: bool = False
 
     def encode(self, white_BD: White, sae: Autoencoder, dense: bool) -> Code:
         return encode(white_BD, sae)
@@ -149,5 +155,8 @@ class ReferenceOps:
     ) -> Tensor:
         return coactivation(code, sae, sample_R, rows, direction, draw)
 
-    def update(self, learner: Learner) -> bool:
+    def distance(self, sae: Autoencoder, target_AD: Tensor, rows: slice) -> Tensor:
+        return distance(sae, target_AD, rows)
+
+    def update(self, learner: Learner, loss: Tensor) -> bool:
         return False

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 
 import torch
@@ -26,6 +29,7 @@ class TorchOps:
     "auto" on a CPU while lists stay short; on CUDA a list's length would make the host wait in every step."""
 
     name: str = "torch"
+    bounded: bool = False
     compute: str = "float32"
     code: str = "auto"
 
@@ -59,7 +63,10 @@ class TorchOps:
     ) -> Tensor:
         return reference.coactivation(code, sae, sample_R, rows, direction, draw)
 
-    def update(self, learner: Learner) -> bool:
+    def distance(self, sae: Autoencoder, target_AD: Tensor, rows: slice) -> Tensor:
+        return reference.distance(sae, target_AD, rows)
+
+    def update(self, learner: Learner, loss: Tensor) -> bool:
         return False
 
 
@@ -86,6 +93,33 @@ class Torch:
         return TorchOps(compute="bfloat16" if reduced else "float32", code=self.code)
 
 
+@kernel("triton")
+class Triton:
+    """Triton kernels on lists of a fixed length: no [B, F] tensor, no gradient matrix, no wait in a training step.
+
+    Needs CUDA, or TRITON_INTERPRET=1 for tests on a CPU. Fuses gradient, projection and Adam where the optimizer is
+    `adam` without clipping and every stratum says whether its rows are on the unit sphere. `compute` as in `torch`.
+    """
+
+    compute: str = field(default="auto", validator=in_(("auto", "float32", "bfloat16")))
+
+    def ops(self, device: torch.device) -> Ops:
+        """Raises RunError where Triton cannot run on `device`."""
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device.type != "cuda" and not interpreted:
+            raise RunError(f'kernel: "triton" cannot run on {device} (use "torch", or "auto")')
+        if importlib.util.find_spec("triton") is None:
+            raise RunError('kernel: "triton" is not installed (pip install triton, or use "torch")')
+        fused = importlib.import_module("spalf.kernels.fused")
+        reduced = self.compute != "float32" and reference.reduces(device)
+        if self.compute == "bfloat16" and not reduced:
+            raise RunError(
+                f'kernel.compute: {device} cannot multiply "bfloat16" into float32 (set "float32", or "auto")'
+            )
+        ops: Ops = fused.FusedOps(compute="bfloat16" if reduced else "float32")
+        return ops
+
+
 @kernel("auto")
 class Auto:
     """The first backend that can run on the device, fastest first; the run's metadata says which one it was."""
@@ -95,7 +129,10 @@ class Auto:
     def ops(self, device: torch.device) -> Ops:
         """Raises RunError with every backend's reason where none can run."""
         reasons: list[str] = []
-        for backend in (Torch(compute=self.compute),):
+        backends: list[Triton | Torch] = [Torch(compute=self.compute)]
+        if device.type == "cuda":
+            backends.insert(0, Triton(compute=self.compute))
+        for backend in backends:
             try:
                 return backend.ops(device)
             except RunError as reason:

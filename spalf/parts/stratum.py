@@ -108,6 +108,11 @@ class Anchored:
             raise ComponentError("anchored rows cannot start without an anchor (anchor() makes it from the stream)")
         return White(normalize(metric.white_direction(anchor.directions_AD), dim=1))
 
+    @property
+    def sphere(self) -> bool:
+        """Rows may have any norm: a backend that fuses the update has nothing to project."""
+        return False
+
     def project_gradient_(self, weight_FD: Tensor, grad_FD: Tensor) -> None:
         """Leaves the gradient as it is."""
 
@@ -136,6 +141,11 @@ class Free:
     def start(self, rows: int, metric: Metric, anchor: Anchor | None, draw: torch.Generator) -> White:
         """Uniform on the unit sphere of whitened space, on the generator's device."""
         return White(normalize(torch.randn(rows, metric.d_model, generator=draw, device=draw.device), dim=1))
+
+    @property
+    def sphere(self) -> bool:
+        """What a backend that fuses the update needs to know of the two projections."""
+        return self.unit_norm
 
     def project_gradient_(self, weight_FD: Tensor, grad_FD: Tensor) -> None:
         """g <- g - w (w'g) / (w'w), row by row."""

@@ -33,7 +33,7 @@ class Thresholds(nn.Module):
 class PlainOps:
     """Fuses nothing."""
 
-    def update(self, learner: Learner) -> bool:
+    def update(self, learner: Learner, loss: Tensor) -> bool:
         return False
 
 

@@ -138,7 +138,7 @@ def test_clipping_forgoes_a_fused_update(max_norm: float, fused: int) -> None:
     calls: list[Any] = []
 
     class Fusing(PlainOps):
-        def update(self, learner: Any) -> bool:
+        def update(self, learner: Any, loss: Any) -> bool:
             calls.append(learner)
             return True
 

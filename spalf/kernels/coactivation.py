@@ -1,0 +1,103 @@
+"""Co-activation and anchor distance on lists: nothing of the size F x F or F x D, nothing that waits for the device.
+
+Shape letters as in spalf/core/values.py; R sampled rows, S entries kept of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spalf.core.values import White
+from spalf.kernels.update import Pull, Shares
+
+
+GRAM = 128
+"""Most active features of a row that its Gram matrix holds."""
+
+
+class _Rows(torch.autograd.Function):
+    """weight[index] for an index [R, S], zeros where an entry is off; off entries give no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_FD: Tensor, index_RS: Tensor, on_RS: Tensor, low_FD: Tensor, shares: Shares) -> Tensor:
+        ctx.save_for_backward(index_RS, on_RS)
+        ctx.shares, ctx.shape = shares, weight_FD.shape
+        return low_FD[torch.where(on_RS, index_RS, 0)]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        index_RS, on_RS = ctx.saved_tensors
+        width, dim = ctx.shape
+        listed_N1 = torch.where(on_RS, index_RS, width).reshape(-1, 1)
+        grad_ND = grads[0].reshape(-1, dim)
+        if ctx.shares.open:
+            # A list of one entry per row, with z = 1: the same sum as a decoder's.
+            share = ctx.shares.of(listed_N1)
+            share.z_BK, share.grad_BD = torch.ones(listed_N1.shape, device=grad_ND.device), grad_ND
+            return None, None, None, None, None
+        out = torch.zeros(width + 1, dim, device=grad_ND.device)
+        return out.index_add_(0, listed_N1[:, 0], grad_ND.float())[:width], None, None, None, None
+
+
+def _kept(index_RK: Tensor, on_RK: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """At most GRAM entries of each row, a uniform subset of those that are on."""
+    if index_RK.shape[1] <= GRAM:
+        return index_RK, on_RK
+    key_RK = torch.rand(on_RK.shape, generator=draw, device=on_RK.device).masked_fill(~on_RK, -1.0)
+    place_RS = key_RK.topk(GRAM, dim=1).indices
+    return index_RK.gather(1, place_RS), on_RK.gather(1, place_RS)
+
+
+def coactivation(
+    index_RK: Tensor,
+    on_RK: Tensor,
+    weight_FD: Tensor,
+    low_FD: Tensor,
+    direction: Callable[[White], Tensor],
+    draw: torch.Generator,
+    shares: Shares,
+) -> Tensor:
+    """Mean over rows of the mean squared cosine between the features of a row that are on; rows with a pair count."""
+    index_RS, on_RS = _kept(index_RK, on_RK, draw)
+    rows_RSD: Tensor = _Rows.apply(weight_FD, index_RS, on_RS, low_FD, shares)  # type: ignore[no-untyped-call]
+    moved_RSD = direction(White(rows_RSD))
+    # cos^2 from the Gram matrix alone, G_ij^2 / (G_ii G_jj): no normalised copy of the rows
+    gram_RSS = (moved_RSD @ moved_RSD.mT).float()
+    on = on_RS.to(gram_RSS.dtype)
+    inverse_RS = on / torch.where(on_RS, gram_RSS.diagonal(dim1=1, dim2=2), 1.0).clamp(min=1e-24)
+    square_RSS = gram_RSS.square() * inverse_RS[:, :, None] * inverse_RS[:, None, :]
+    squared_R = square_RSS.sum((1, 2)) - square_RSS.diagonal(dim1=1, dim2=2).sum(1)
+    k_R = on.sum(1)
+    pairs_R = k_R * (k_R - 1)
+    return (squared_R / pairs_R.clamp(min=1)).sum() / (pairs_R > 0).sum().clamp(min=1)
+
+
+class _Distance(torch.autograd.Function):
+    """||weight[rows] - target||^2; its gradient 2 (weight - target) is added where the rows are updated."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_FD: Tensor, target_AD: Tensor, rows: slice, shares: Shares) -> Tensor:
+        ctx.save_for_backward(weight_FD, target_AD)
+        ctx.rows, ctx.shares = rows, shares
+        pairs = zip(torch.split(weight_FD[rows], 8192), torch.split(target_AD, 8192), strict=True)
+        return torch.stack([torch.nn.functional.mse_loss(w, t, reduction="sum") for w, t in pairs]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight_FD, target_AD = ctx.saved_tensors
+        if ctx.shares.open and ctx.shares.pull is None:
+            ctx.shares.pull = Pull(rows=ctx.rows, target_AD=target_AD, strength=2 * grads[0])
+            return None, None, None, None
+        out_FD = torch.zeros_like(weight_FD)
+        out_FD[ctx.rows] = 2 * grads[0] * (weight_FD[ctx.rows] - target_AD)
+        return out_FD, None, None, None
+
+
+def distance(weight_FD: Tensor, target_AD: Tensor, rows: slice, shares: Shares) -> Tensor:
+    """Sum of squared differences between a range of rows and their targets, a scalar."""
+    out: Tensor = _Distance.apply(weight_FD, target_AD, rows, shares)  # type: ignore[no-untyped-call]
+    return out

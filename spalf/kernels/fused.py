@@ -1,0 +1,238 @@
+"""The Triton backend: lists of a fixed length per row, sparse decode and backward, gradient and Adam in one pass.
+
+No [B, F] tensor, no [F, D] gradient, and in a training step nothing that waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from spalf.core.protocols import Autoencoder
+from spalf.core.state import Learner
+from spalf.core.values import Code, White
+from spalf.kernels import coactivation, lists, reference, update
+
+# Listed entries per row, as a share of the features, above which dense products are faster than gathers.
+_SPARSE = 1 / 12
+_STEP = 64  # capacities are multiples of it, so that few sizes are ever compiled or allocated
+_LAG = 2  # steps after which a count is read: by then it has long been there
+_MEMORY = 256  # looks after which a capacity may shrink
+
+
+class _Pre(torch.autograd.Function):
+    """Pre-activations that are already computed, at listed entries, with the gradient of y W_enc' + b_enc."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, white_BD: Tensor, weight_FD: Tensor, bias_F: Tensor, found: lists.Lists, low_FD: Tensor, shares: Any
+    ) -> Tensor:
+        ctx.save_for_backward(white_BD, weight_FD)
+        ctx.found, ctx.low_FD, ctx.shares = found, low_FD, shares
+        return found.pre_BK.view_as(found.pre_BK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        white_BD, weight_FD = ctx.saved_tensors
+        found, grad_BK, width = ctx.found, grads[0].contiguous(), weight_FD.shape[0]
+        grad_white = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_white = lists.gather_sum(found.index_BK, grad_BK, found.count_B, ctx.low_FD)
+        if ctx.shares.open:
+            share = ctx.shares.of(found.index_BK)
+            share.force_BK, share.white_BD = grad_BK, white_BD
+            share.overflow = (found.count_B > found.index_BK.shape[1]).any()
+        else:
+            by = lists.turn_over([found.index_BK], width)
+            grad_weight = lists.sum_by_feature(by, by.take(grad_BK), white_BD, width)
+            grad_bias = lists.add_per_feature(grad_BK, found.index_BK, width)
+        return grad_white, grad_weight, grad_bias, None, None, None
+
+
+class _Decode(torch.autograd.Function):
+    """z W_dec over listed entries; the gradient at z reaches every listed entry, those with z = 0 included."""
+
+    @staticmethod
+    def forward(ctx: Any, z_BK: Tensor, weight_FD: Tensor, found: lists.Lists, low_FD: Tensor, shares: Any) -> Tensor:
+        ctx.save_for_backward(z_BK, weight_FD)
+        ctx.found, ctx.low_FD, ctx.shares = found, low_FD, shares
+        return lists.gather_sum(found.index_BK, z_BK, found.count_B, low_FD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z_BK, weight_FD = ctx.saved_tensors
+        found, grad_BD = ctx.found, grads[0].contiguous()
+        grad_z = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_z = lists.gather_dots(found.index_BK, found.count_B, grad_BD, ctx.low_FD)
+        if ctx.shares.open:
+            share = ctx.shares.of(found.index_BK)
+            share.z_BK, share.grad_BD = z_BK, grad_BD
+        else:
+            by = lists.turn_over([found.index_BK], weight_FD.shape[0])
+            grad_weight = lists.sum_by_feature(by, by.take(z_BK), grad_BD, weight_FD.shape[0])
+        return grad_z, grad_weight, None, None, None
+
+
+def _trains(sae: Autoencoder) -> bool:
+    return torch.is_grad_enabled() and bool(getattr(sae, "training", False))
+
+
+def _rounded(n: float) -> int:
+    return max(_STEP, -(-int(n) // _STEP) * _STEP)
+
+
+@define(eq=False)
+class Capacity:
+    """How many entries a row may list: half as many again as the longest list of late.
+
+    Counts are read two steps after they were made, so that no step waits for the device. A list that turns out too
+    short sets the overflow of its code, and the step that it belongs to changes nothing.
+    """
+
+    limit: int = 0
+    waiting: deque[tuple[Tensor, Any]] = field(factory=deque)
+    seen: deque[int] = field(factory=lambda: deque(maxlen=_MEMORY))
+
+    def settle(self, longest: int) -> None:
+        """Take note of a list's length."""
+        self.seen.append(longest)
+        if longest > 0.8 * self.limit:
+            self.limit = _rounded(1.5 * longest)
+        elif len(self.seen) == _MEMORY and 3 * max(self.seen) < self.limit:
+            self.limit = _rounded(1.5 * max(self.seen))
+
+    def watch(self, count_B: Tensor) -> None:
+        """Send a count on its way to the host, and take note of the one of two steps ago."""
+        longest = count_B.max()
+        if not longest.is_cuda:
+            self.settle(int(longest))
+            return
+        held = torch.empty((), dtype=longest.dtype, pin_memory=True)
+        held.copy_(longest, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        self.waiting.append((held, arrived))
+        if len(self.waiting) > _LAG:
+            held, arrived = self.waiting.popleft()
+            arrived.synchronize()
+            self.settle(int(held))
+
+
+@define(kw_only=True, eq=False)
+class FusedOps:
+    """Triton kernels on lists. `compute`: "bfloat16" operands with float32 results, or "float32"."""
+
+    name: str = "triton"
+    compute: str = "bfloat16"
+    bounded: bool = True
+    _capacity: Capacity = field(factory=Capacity)
+    _shares: update.Shares = field(factory=update.Shares)
+    _shadows: dict[str, tuple[int, int, Tensor]] = field(factory=dict)
+    _sphere_F: Tensor | None = None
+
+    def _low(self, name: str, weight: Tensor) -> Tensor:
+        """The weights in the precision of products; the bfloat16 copy is kept until somebody else writes to them."""
+        if self.compute == "float32":
+            return weight.detach()
+        address, version, copy = self._shadows.get(name, (0, -1, weight))
+        if (address, version) != (weight.data_ptr(), weight._version):
+            copy = weight.detach().bfloat16()
+            self._shadows[name] = (weight.data_ptr(), weight._version, copy)
+        return copy
+
+    @torch.no_grad()
+    def _scan(self, white_BD: Tensor, sae: Autoencoder, reach_F: Tensor) -> lists.Lists | None:
+        """Lists, or None where they would be too long. Outside training they are measured first, hence never cut."""
+        weight_FD, bias_F = self._low("W_enc_FD", sae.W_enc_FD), sae.b_enc_F.detach()
+        white_BD, most = white_BD.detach(), int(_SPARSE * sae.width)
+        capacity = self._capacity
+        if _trains(sae) and capacity.limit:
+            if capacity.limit > most:
+                return None
+            found = lists.scan(white_BD, weight_FD, bias_F, reach_F, capacity.limit, self.compute)
+            capacity.watch(found.count_B)
+            return found
+        limit = min(capacity.limit or 8 * _STEP, _rounded(most))
+        while True:
+            found = lists.scan(white_BD, weight_FD, bias_F, reach_F, limit, self.compute)
+            longest = int(found.count_B.max()) if found.count_B.numel() else 0
+            if longest <= limit:
+                capacity.limit = capacity.limit or _rounded(1.5 * longest)
+                return found
+            if longest > most:
+                return None
+            limit = _rounded(1.25 * longest)
+
+    def encode(self, white_BD: White, sae: Autoencoder, dense: bool) -> Code:
+        """Compact, but dense on request, for an activator without a reach, and where lists would be too long."""
+        reach_F = None if dense else sae.activator.reach_F()
+        found = None if reach_F is None else self._scan(white_BD, sae, reach_F)
+        if found is None:
+            code = reference.encode(white_BD, sae, self.compute)
+            if reach_F is not None and _trains(sae):
+                self._capacity.watch((code.pre_BK.detach() > reach_F).sum(1))
+            return code
+        pre_BK: Tensor = _Pre.apply(  # type: ignore[no-untyped-call]
+            white_BD, sae.W_enc_FD, sae.b_enc_F, found, self._low("W_enc_FD", sae.W_enc_FD), self._shares
+        )
+        z_BK, gate_BK = sae.activator(pre_BK, found.index_BK)
+        overflow = (found.count_B > found.index_BK.shape[1]).any()
+        return Code(
+            pre_BK=pre_BK, gate_BK=gate_BK, z_BK=z_BK, index_BK=found.index_BK, width=sae.width, overflow=overflow
+        )
+
+    def decode(self, code: Code, sae: Autoencoder) -> White:
+        if code.index_BK is None:
+            return reference.decode(code, sae, self.compute)
+        count_B = (code.index_BK < code.width).sum(1, dtype=torch.int32)
+        found = lists.Lists(index_BK=code.index_BK, pre_BK=code.pre_BK.detach(), count_B=count_B)
+        out: Tensor = _Decode.apply(  # type: ignore[no-untyped-call]
+            code.z_BK, sae.W_dec_FD, found, self._low("W_dec_FD", sae.W_dec_FD), self._shares
+        )
+        return White(out)
+
+    def coactivation(
+        self,
+        code: Code,
+        sae: Autoencoder,
+        sample_R: Tensor,
+        rows: slice,
+        direction: Callable[[White], Tensor],
+        draw: torch.Generator,
+    ) -> Tensor:
+        if code.index_BK is None:
+            return reference.coactivation(code, sae, sample_R, rows, direction, draw)
+        index_RK = code.index_BK[sample_R]
+        start, stop, _ = rows.indices(sae.width)
+        on_RK = (code.gate_BK.detach()[sample_R] > 0) & (index_RK >= start) & (index_RK < stop)
+        low_FD = self._low("W_dec_FD", sae.W_dec_FD)
+        return coactivation.coactivation(index_RK, on_RK, sae.W_dec_FD, low_FD, direction, draw, self._shares)
+
+    def distance(self, sae: Autoencoder, target_AD: Tensor, rows: slice) -> Tensor:
+        return coactivation.distance(sae.W_dec_FD, target_AD, rows, self._shares)
+
+    def update(self, learner: Learner, loss: Tensor) -> bool:
+        """Backward and the whole step, where the optimizer is plain Adam and the strata are free or on the sphere."""
+        if not update.fits(learner):
+            return False
+        self._shares.open = True
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._shares.open = False
+        shares, pull = self._shares.take()
+        if self._sphere_F is None:
+            self._sphere_F = update.sphere_of(learner)
+        sae = learner.sae
+        low = None
+        if self.compute == "bfloat16":
+            low = (self._low("W_dec_FD", sae.W_dec_FD), self._low("W_enc_FD", sae.W_enc_FD))
+        with torch.no_grad():
+            update.update_(learner, shares, pull, self._sphere_F, low)
+        return True

@@ -1,0 +1,161 @@
+"""Lists of a fixed length per row, made, read and turned over by the kernels in `device`; nothing here waits for them.
+
+Shape letters as in spalf/core/values.py; N entries of all lists together, sorted by feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from attrs import frozen
+from torch import Tensor
+
+from spalf.kernels import device
+from spalf.kernels.reference import matmul
+
+COLUMNS = 2048
+"""Features per block of pre-activations: [4096, 2048] float32 stays in the cache between its product and its scan."""
+
+SCAN, SCAN_WARPS = 512, 1
+"""Entries of a row that a program of so many warps tests at once: within one warp a running count needs no barrier."""
+
+
+def power_of_2(n: int, least: int, most: int) -> int:
+    """The power of 2 at or above `n`, within bounds that are powers of 2."""
+    return max(least, min(most, 1 << max(0, n - 1).bit_length()))
+
+
+@frozen(kw_only=True, eq=False)
+class Lists:
+    """Listed entries per row: feature [B, K] (padding is the width), pre-activation [B, K], and how many matter [B].
+
+    `count_B` may exceed K: then the list of that row is cut.
+    """
+
+    index_BK: Tensor
+    pre_BK: Tensor
+    count_B: Tensor
+
+
+def scan(
+    white_BD: Tensor, weight_FD: Tensor, bias_F: Tensor, reach_F: Tensor, capacity: int, compute: str = "float32"
+) -> Lists:
+    """Entries of white @ weight' + bias above `reach`, ascending, at most `capacity` per row; never [B, F]."""
+    rows, width = white_BD.shape[0], weight_FD.shape[0]
+    at = white_BD.device
+    index_BK = torch.full((rows, capacity), width, dtype=torch.int64, device=at)
+    pre_BK = torch.zeros((rows, capacity), device=at)
+    count_B = torch.zeros(rows, dtype=torch.int32, device=at)
+    bias_F, reach_F = bias_F.float().contiguous(), reach_F.float().contiguous()
+    for first in range(0, width, COLUMNS):
+        pre_BC = matmul(white_BD, weight_FD[first : first + COLUMNS].T, compute)
+        columns = pre_BC.shape[1]
+        device.compact_columns[(rows,)](
+            pre_BC,
+            bias_F,
+            reach_F,
+            index_BK,
+            pre_BK,
+            count_B,
+            columns,
+            first,
+            capacity,
+            BLOCK=power_of_2(columns, 16, SCAN),
+            num_warps=SCAN_WARPS,
+        )
+    return Lists(index_BK=index_BK, pre_BK=pre_BK, count_B=count_B)
+
+
+def gather_sum(index_BK: Tensor, z_BK: Tensor, count_B: Tensor, weight_FD: Tensor) -> Tensor:
+    """out[b] = sum_k z[b, k] weight[index[b, k]], [B, D] float32."""
+    (rows, capacity), dim = index_BK.shape, weight_FD.shape[1]
+    out_BD = torch.empty((rows, dim), device=z_BK.device)
+    block = power_of_2(dim, 16, 256)
+    grid = (rows, triton.cdiv(dim, block))
+    device.gather_sum[grid](
+        index_BK, z_BK.contiguous(), count_B, weight_FD, out_BD, capacity, dim, BLOCK_K=8, BLOCK_D=block
+    )
+    return out_BD
+
+
+def gather_dots(index_BK: Tensor, count_B: Tensor, grad_BD: Tensor, weight_FD: Tensor) -> Tensor:
+    """out[b, k] = <grad[b], weight[index[b, k]]>, [B, K] float32, 0 at padding."""
+    (rows, capacity), dim = index_BK.shape, weight_FD.shape[1]
+    out_BK = torch.zeros((rows, capacity), device=grad_BD.device)
+    block = power_of_2(dim, 16, 256)
+    device.gather_dots[(rows,)](
+        index_BK, count_B, grad_BD.contiguous(), weight_FD, out_BK, capacity, dim, BLOCK_K=8, BLOCK_D=block
+    )
+    return out_BK
+
+
+def add_per_feature(value_BK: Tensor, index_BK: Tensor, width: int) -> Tensor:
+    """Sum of the listed values of each feature, [F]; by atomics, whose order changes the last bit from run to run."""
+    out_F = torch.zeros(width, device=value_BK.device)
+    total, block = value_BK.numel(), 1024
+    device.add_per_feature[(triton.cdiv(total, block),)](
+        index_BK, value_BK.contiguous(), out_F, total, width, BLOCK=block
+    )
+    return out_F
+
+
+@frozen(kw_only=True, eq=False)
+class ByFeature:
+    """The entries of one or several lists sorted by feature, rows ascending within one: a sparse matrix turned over.
+
+    Entry n came from place `from_N[n]` of the flattened lists and lies in row `row_N[n]`; feature f has the entries
+    from `starts_F1[f]` to `starts_F1[f + 1]`. `order_F` names the features by falling count: one that fires on every
+    row takes as long as thousands of others, so it has to start first.
+    """
+
+    from_N: Tensor
+    row_N: Tensor
+    starts_F1: Tensor
+    order_F: Tensor
+
+    def take(self, value_BK: Tensor) -> Tensor:
+        """One value per entry, in the order of the features, [N]."""
+        return value_BK.reshape(-1)[self.from_N]
+
+
+def turn_over(lists: Sequence[Tensor], width: int) -> ByFeature:
+    """Sort the entries of index lists [B, K] by feature; the rows of a second list count on from those of the first.
+
+    A stable sort, so that the sums over a feature's entries have one order. Nothing waits for the device.
+    """
+    keys, rows, first = [], [], 0
+    for index_BK in lists:
+        n, capacity = index_BK.shape
+        keys.append(index_BK.reshape(-1).to(torch.int32))
+        rows.append(
+            torch.arange(first, first + n, dtype=torch.int32, device=index_BK.device).repeat_interleave(capacity)
+        )
+        first += n
+    key_N, row_N = (torch.cat(part) if len(part) > 1 else part[0] for part in (keys, rows))
+    sorted_N, from_N = torch.sort(key_N, stable=True)
+    edge_F1 = torch.arange(width + 1, dtype=torch.int32, device=key_N.device)
+    starts_F1 = torch.searchsorted(sorted_N, edge_F1).to(torch.int32)
+    order_F = (starts_F1[1:] - starts_F1[:-1]).argsort(descending=True)
+    return ByFeature(from_N=from_N, row_N=row_N[from_N], starts_F1=starts_F1, order_F=order_F.to(torch.int32))
+
+
+def sum_by_feature(by: ByFeature, value_N: Tensor, x_BD: Tensor, width: int) -> Tensor:
+    """out[f] = sum of value * x[row] over the entries of feature f, [F, D] float32; deterministic."""
+    dim = x_BD.shape[1]
+    out_FD = torch.empty((width, dim), device=x_BD.device)
+    block = power_of_2(dim, 16, 1024)
+    device.sum_by_feature[(width, triton.cdiv(dim, block))](
+        by.starts_F1,
+        by.row_N,
+        value_N.contiguous(),
+        x_BD.contiguous(),
+        out_FD,
+        by.order_F,
+        value_N.numel(),
+        dim,
+        BLOCK_N=4,
+        BLOCK_D=block,
+    )
+    return out_FD
