@@ -15,7 +15,7 @@ SORTS: dict[str, Callable[[Atlas, Feature], Any]] = {
     "density": lambda _, f: -f.fired,
     "id": lambda _, f: f.id,
     "stratum": lambda a, f: list(a.rows_of).index(f.stratum),
-    "token": lambda a, f: (not f.tokens, a.text[f.tokens[0][0]].strip().lower() if f.tokens else ""),
+    "token": lambda a, f: (a.text[f.tokens[0][0]].strip().lower() if f.tokens else "") or "\uffff",
     "focus": lambda _, f: -f.tokens[0][1] if f.tokens else 1.0,
     "peak": lambda _, f: -f.peak,
     "likeness": lambda _, f: -f.neighbours[0][1] if f.neighbours else 2.0,

@@ -9,8 +9,8 @@ import pytest
 from attrs import evolve
 
 from spalf.core.recipe import Plan
-from spalf.engine.atlas import Atlas, atlas
-from spalf.report import RunRecord
+from spalf.engine.atlas import Atlas, Feature, Place, atlas
+from spalf.report import RunRecord, evaluation, headline, parameters, story
 from spalf.testing.whole import stage_for
 
 HOSTILE = (
@@ -95,3 +95,40 @@ def seen() -> Atlas:
     worst = dict(zip(dict.fromkeys(firing), HOSTILE, strict=False))
     assert len(worst) == len(HOSTILE)
     return evolve(found, text={**found.text, **worst})
+
+
+def data_of(plan: Plan, record: RunRecord) -> dict[str, Any]:
+    return {
+        "run": headline(plan, record),
+        "story": story(plan, record),
+        "parameters": parameters(plan, {}),
+        "evaluation": evaluation(record),
+        "recipe": record.recipe,
+    }
+
+
+def wide(seen: Atlas, features: int = 4096, tokens: int = 65_536, context: int = 128) -> Atlas:
+    """As many features as a page holds by default, each with as much as a feature has."""
+    sequences = tuple(tuple((s * 7919 + t * 104729) % 5000 for t in range(context)) for s in range(tokens // context))
+    fires = tuple((t, 3.0 + t % 7) for t in range(0, 120, 11))
+    places = tuple(Place(sequence=(37 * i) % 500, position=11, rank=i / 12, activations=fires) for i in range(12))
+    pairs = tuple((j * 13, 0.123 * j) for j in range(1, 7))
+    one = Feature(
+        id=0, stratum="free", fired=500, peak=9.0, mean=5.0, histogram=tuple(range(100, 124)), tokens=pairs,
+        promoted=pairs, suppressed=pairs, neighbours=pairs, partners=pairs, places=places,
+    )  # fmt: skip
+    return evolve(
+        seen,
+        width=features,
+        rows=tokens,
+        features=tuple(
+            evolve(one, id=i, fired=1 + i * i % 3000, tokens=(((i * 31) % 5000, 0.5), *pairs)) for i in range(features)
+        ),
+        sequences=sequences,
+        text={v: f" token{v}" for v in range(5000)},
+    )
+
+
+@pytest.fixture(scope="session")
+def many(seen: Atlas) -> Atlas:
+    return wide(seen)

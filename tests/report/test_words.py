@@ -38,7 +38,7 @@ def test_sorts(seen: Atlas, sort: str) -> None:
         "density": [-f.fired for f in found],
         "id": [f.id for f in found],
         "stratum": [f.stratum for f in found],
-        "token": [seen.text[f.tokens[0][0]].strip().lower() for f in found if f.tokens],
+        "token": [seen.text[f.tokens[0][0]].strip().lower() or "\uffff" for f in found if f.tokens],
         "focus": [-f.tokens[0][1] for f in found if f.tokens],
         "peak": [-f.peak for f in found],
         "likeness": [-f.neighbours[0][1] for f in found],
