@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spalf.core.values import Raw
+from spalf.core.values import Facts, Raw
 from spalf.errors import SourceError
 from spalf.testing import Check
 from spalf.testing.tiny_model import write_model, write_text
@@ -49,10 +49,34 @@ def _shards() -> dict[str, Any]:
     return {"path": str(out), "shuffle": 50}
 
 
+@cache
+def _pairs() -> dict[str, Any]:
+    """80 labelled pairs of 96 sentences, in groups that share one."""
+    from spalf.parts.source.pairs import Pairs, write_pairs
+
+    draw = torch.Generator().manual_seed(0)
+    x_SD = torch.randn(96, 8, generator=draw)
+    a_N = torch.arange(80)
+    b_N = 80 + torch.arange(80) // 5
+    labels_NC = torch.randint(-1, 2, (80, 3), generator=draw, dtype=torch.int8)
+    facts = Facts(d_model=8, hook="blocks.0.hook_resid_post", model="drawn")
+    pairs = Pairs(
+        a_ND=x_SD[a_N],
+        b_ND=x_SD[b_N],
+        labels_NC=labels_NC,
+        concepts=("one", "three", "two"),
+        sentence_a_N=a_N,
+        sentence_b_N=b_N,
+        facts=facts,
+    )
+    return {"pairs": str(write_pairs(_scratch() / "pairs", pairs)), "held_out": 0.25}
+
+
 _MAKERS: Mapping[Slot, Callable[[], dict[str, Any]]] = {
     ("source", "huggingface"): lambda: {**_language(), "layer": 0},
     ("source", "transformer_lens"): lambda: {**_language(), "hook": "blocks.0.hook_resid_post"},
     ("source", "activations"): _shards,
+    ("source", "difference"): _pairs,
     ("source", "synthetic"): lambda: {"d_model": 12, "features": 20, "shuffle": 64},
 }
 
@@ -152,7 +176,12 @@ def _cursor_checks(source: Any) -> list[Check]:
 
 def _promise_checks(source: Any) -> list[Check]:
     provides = source.facts().provides
-    kept = {"logits": _language_checks, "unembedding": _unembedding_checks, "truth": _truth_checks}
+    kept = {
+        "logits": _language_checks,
+        "unembedding": _unembedding_checks,
+        "truth": _truth_checks,
+        "labels": _label_checks,
+    }
     calls: dict[str, Callable[[Any], Any]] = {
         "tokens": lambda s: s.sequences(1),
         "logits": lambda s: s.logits(s.sequences(1)),
@@ -243,3 +272,15 @@ def _truth_checks(source: Any) -> list[Check]:
         assert float(rest_BD.var(0).sum()) < 0.5 * float(batch.x_BD.var(0).sum()), "codes explain less than half"
 
     return [planted_codes_explain_the_rows]
+
+
+def _label_checks(source: Any) -> list[Check]:
+    def rows_come_with_a_label_per_concept() -> None:
+        stream = source.open(0, CPU)
+        for part in (stream, stream.held_out()):
+            labels_BC = part.next(9).truth_BN
+            assert labels_BC is not None, "a source that provides labels fills truth_BN, held out and in training"
+            assert labels_BC.shape == (9, len(part.concepts)), tuple(labels_BC.shape)
+            assert bool((labels_BC.abs() <= 1).all()), "a label is -1, 0 or 1"
+
+    return [rows_come_with_a_label_per_concept]

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 
 from spalf.core.slots import label
-from spalf.parts.source import Activations, Huggingface, Synthetic, TransformerLens
+from spalf.parts.source import Activations, Difference, Huggingface, Synthetic, TransformerLens
 from spalf.testing import conform
 
-SHIPPED = (Activations, Huggingface, Synthetic, TransformerLens)
+SHIPPED = (Activations, Difference, Huggingface, Synthetic, TransformerLens)
 CASES = [(label(cls).use, check) for cls in SHIPPED for check in conform(cls)]
 
 
