@@ -14,7 +14,6 @@ from torch import Tensor
 from spalf.core.values import White
 from spalf.kernels.update import Pull, Shares
 
-
 GRAM = 128
 """Most active features of a row that its Gram matrix holds."""
 
@@ -26,7 +25,7 @@ class _Rows(torch.autograd.Function):
     def forward(ctx: Any, weight_FD: Tensor, index_RS: Tensor, on_RS: Tensor, low_FD: Tensor, shares: Shares) -> Tensor:
         ctx.save_for_backward(index_RS, on_RS)
         ctx.shares, ctx.shape = shares, weight_FD.shape
-        return low_FD[torch.where(on_RS, index_RS, 0)]
+        return low_FD[torch.where(on_RS, index_RS, 0)].float()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -66,7 +65,7 @@ def coactivation(
     rows_RSD: Tensor = _Rows.apply(weight_FD, index_RS, on_RS, low_FD, shares)  # type: ignore[no-untyped-call]
     moved_RSD = direction(White(rows_RSD))
     # cos^2 from the Gram matrix alone, G_ij^2 / (G_ii G_jj): no normalised copy of the rows
-    gram_RSS = (moved_RSD @ moved_RSD.mT).float()
+    gram_RSS = moved_RSD @ moved_RSD.mT
     on = on_RS.to(gram_RSS.dtype)
     inverse_RS = on / torch.where(on_RS, gram_RSS.diagonal(dim1=1, dim2=2), 1.0).clamp(min=1e-24)
     square_RSS = gram_RSS.square() * inverse_RS[:, :, None] * inverse_RS[:, None, :]

@@ -152,7 +152,7 @@ class FusedOps:
         weight_FD, bias_F = self._low("W_enc_FD", sae.W_enc_FD), sae.b_enc_F.detach()
         white_BD, most = white_BD.detach(), int(_SPARSE * sae.width)
         capacity = self._capacity
-        if _trains(sae) and capacity.limit:
+        if trains and capacity.limit:
             if capacity.limit > most:
                 return None
             found = lists.scan(white_BD, weight_FD, bias_F, reach_F, capacity.limit, self.compute)

@@ -15,10 +15,10 @@ from torch import Tensor
 from spalf.kernels import device
 from spalf.kernels.reference import matmul
 
-COLUMNS = 2048
-"""Features per block of pre-activations: [4096, 2048] float32 stays in the cache between its product and its scan."""
+COLUMNS = 4096
+"""Features per block of pre-activations: what a block's scan reads still lies in the cache, most of it."""
 
-SCAN, SCAN_WARPS = 512, 1
+SCAN, SCAN_WARPS = 256, 1
 """Entries of a row that a program of so many warps tests at once: within one warp a running count needs no barrier."""
 
 
@@ -49,6 +49,8 @@ def scan(
     pre_BK = torch.zeros((rows, capacity), device=at)
     count_B = torch.zeros(rows, dtype=torch.int32, device=at)
     bias_F, reach_F = bias_F.float().contiguous(), reach_F.float().contiguous()
+    if compute == "bfloat16":
+        white_BD = white_BD.bfloat16()  # once, not in every block
     for first in range(0, width, COLUMNS):
         pre_BC = matmul(white_BD, weight_FD[first : first + COLUMNS].T, compute)
         columns = pre_BC.shape[1]
