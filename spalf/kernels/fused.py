@@ -146,9 +146,13 @@ class FusedOps:
             self._shadows[name] = (weight.data_ptr(), weight._version, copy)
         return copy
 
-    @torch.no_grad()
     def _scan(self, white_BD: Tensor, sae: Autoencoder, reach_F: Tensor) -> lists.Lists | None:
         """Lists, or None where they would be too long. Outside training they are measured first, hence never cut."""
+        trains = _trains(sae)
+        with torch.no_grad():
+            return self._found(white_BD, sae, reach_F, trains)
+
+    def _found(self, white_BD: Tensor, sae: Autoencoder, reach_F: Tensor, trains: bool) -> lists.Lists | None:
         weight_FD, bias_F = self._low("W_enc_FD", sae.W_enc_FD), sae.b_enc_F.detach()
         white_BD, most = white_BD.detach(), int(_SPARSE * sae.width)
         capacity = self._capacity
