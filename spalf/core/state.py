@@ -77,7 +77,8 @@ class Learner:
         if grad_FD is not None:
             self._each_stratum(lambda s, rows: s.project_gradient_(weight_FD.data[rows], grad_FD[rows]))
         if self._max_norm:
-            parameters = [p for _, p in self.sae.named_parameters()]
+            groups = zip(self.optimizer.param_groups, self.rates, strict=True)
+            parameters = [p for group, peak in groups if peak > 0 for p in group["params"]]  # those that will move
             torch.nn.utils.clip_grad_norm_(parameters, self._max_norm, error_if_nonfinite=False)  # waits for no device
         self.optimizer.step()
         self.project_()
