@@ -56,7 +56,7 @@ def test_a_recipe_compiles(path: Path, registry: Registry) -> None:
     assert plan.recipe.name == path.stem
     assert sum(plan.rows.values()) == plan.knobs.F
     assert plan.total_steps > 0
-    assert plan.constraints
+    assert plan.terms
     assert plan.recipe.phases[0] == "calibrate"
 
 

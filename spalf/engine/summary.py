@@ -41,7 +41,8 @@ def summarize(plan: Plan, state: TrainingState, outcome: str, wall: dict[str, fl
     out["dead_fraction"] = own["dead_fraction"]
     out["dead_window"] = own["dead_window"]
     out["constraints"] = held
-    out["feasible"] = bool(held) and all(c["feasible"] for c in held.values())
+    # Without constraints there is nothing to be feasible.
+    out["feasible"] = bool(held) and all(c["feasible"] for c in held.values()) if plan.constraints else None
     out["notes"] = notes(plan, state, own, held)
     out["evaluators"] = scalars
     out["wall_seconds"] = {k: round(v, 3) for k, v in wall.items()}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from spalf.core.state import TrainingState
 from spalf.core.values import Raw, White
+from spalf.engine.build import build
 from spalf.engine.frontier import r2_at_l0, rescaled, scale_for_l0
 from spalf.testing import toy_plan
-from spalf.testing.whole import started
+from spalf.testing.whole import started, through
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +74,54 @@ def test_r2_against_numpy(rows: tuple[TrainingState, Raw, White], space: str) ->
             error = x_BD.numpy() - state.metric.raw(White(torch.from_numpy(hat).float())).numpy()
     fvu = (error.astype(np.float64) ** 2).sum(1).mean() / float(state.metric.variance(space))
     assert out == pytest.approx(1 - fvu, abs=1e-4)
+
+
+KINDS = {
+    "relu": '{ use = "relu" }',
+    "topk": '{ use = "topk" }',
+    "batch_topk": '{ use = "batch_topk" }',
+    "gated": '{ use = "gated", start = 2.0 }',
+}
+
+
+def other(kind: str) -> tuple[TrainingState, Raw, White]:
+    """A calibrated state of another activation, every parameter of it away from its start, and rows."""
+    plan = toy_plan(activation=KINDS[kind], phase__fit__terms='["mse"]', term__mse="{}", phase__fit__constraints="[]")
+    state = build(plan, torch.device("cpu"))
+    through(plan, state, "calibrate")
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in state.sae.named_parameters():
+            if "_mag_F" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw).abs())
+        x_BD = state.stream.held_out().next(3000).x_BD
+        return state, x_BD, state.metric.white(x_BD)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scale_1_is_the_trained_code_of_every_activation(kind: str) -> None:
+    state, _, white_BD = other(kind)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            rescaled(state, white_BD, 1.0).dense(), state.sae.encode(white_BD, dense=True).dense()
+        )
+
+
+def test_topk_scales_its_k() -> None:
+    state, _, white_BD = other("topk")
+    with torch.no_grad():
+        assert [float(rescaled(state, white_BD, scale).l0_B().max()) for scale in (0.5, 2.0, 100.0)] == [12.0, 3.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_activation_reaches_an_l0(kind: str) -> None:
+    """Fewer features explain less, and at its own L0 a dictionary explains what its code does."""
+    state, x_BD, white_BD = other(kind)
+    r2 = [r2_at_l0(state, x_BD, l0, "raw") for l0 in (1.0, 2.0, 5.0)]
+    assert all(math.isfinite(v) for v in r2)
+    assert r2 == sorted(r2)
+    with torch.no_grad():
+        code = state.sae.encode(white_BD, dense=True)
+        error = state.metric.raw_direction(White(white_BD - state.sae.decode(code))).square().sum(1).mean()
+        own = 1 - float(error) / float(state.metric.variance("raw"))
+        assert r2_at_l0(state, x_BD, float(code.l0_B().mean()), "raw") == pytest.approx(own, abs=0.05)

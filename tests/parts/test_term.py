@@ -143,6 +143,14 @@ def test_the_weight_rises_from_zero(term: type, plain: Any) -> None:
         assert value.requires_grad
 
 
+@pytest.mark.parametrize("use", ["l0", "l1", "l0_quadratic"])
+def test_a_weight_that_is_never_reached_is_refused(use: str) -> None:
+    options = {f"term__{use}": "{ warmup = 100 }", "phase__fit__terms": f'["{use}"]'}
+    with pytest.raises(RecipeError, match=rf"term.{use}.warmup: is 100 steps, of 100 in all"):
+        toy_plan(**options)
+    assert toy_plan(**{**options, f"term__{use}": "{ warmup = 99 }"}).terms == (use,)
+
+
 def test_l0_quadratic_over_the_batch_and_per_row() -> None:
     view = toy_view()
     l0_B = view.forward.code.l0_B().detach()
@@ -247,6 +255,8 @@ def test_nested_against_decoding_each_prefix() -> None:
     assert float(Nested(sizes=sizes).value(view).detach()) == pytest.approx(sum(parts), rel=1e-5)
     weighted = Nested(sizes=sizes, weights=(1.0, 2.0, 4.0), average=True).value(view)
     assert float(weighted.detach()) == pytest.approx((parts[0] + 2 * parts[1] + 4 * parts[2]) / 3, rel=1e-5)
+    mean = float(Nested(sizes=sizes, reduce="mean").value(view).detach())
+    assert mean == pytest.approx(sum(parts) / 12, rel=1e-5)
     assert float(Nested(sizes=(1.0,)).value(view).detach()) == pytest.approx(
         float(Mse().value(view).detach()), rel=1e-6
     )

@@ -62,7 +62,8 @@ class L1Rate:
 
     def value(self, view: View) -> Tensor:
         code, sae = view.forward.code, view.sae
-        length_F = sae.log_gain.exp() * torch.linalg.vector_norm(sae.W_dec_FD, dim=1)
+        norm_F: Tensor = torch.linalg.vector_norm(sae.W_dec_FD, dim=1)
+        length_F = sae.log_gain.exp() * norm_F
         if code.index_BK is not None:
             length_F = torch.cat([length_F, length_F.new_zeros(1)])[code.index_BK]
         return (code.z_BK.abs() * length_F).sum(-1).mean()

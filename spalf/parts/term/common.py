@@ -22,6 +22,13 @@ def ramp(clock: Clock, warmup: int) -> float:
     return min(1.0, clock.step / warmup) if warmup else 1.0
 
 
+def reaches(plan: Plan, warmup: int) -> None:
+    """Raises RecipeError where the run ends before a weight has risen."""
+    if warmup >= plan.total_steps:
+        message = f"is {warmup} steps, of {plan.total_steps} in all: the weight is never reached"
+        raise RecipeError([Problem("warmup", message, "lower it, or raise budget.tokens")])
+
+
 def lengths(view: View) -> Tensor:
     """What one unit of each code adds to the whitened reconstruction: gain ||w_j||, [F]."""
     norm_F: Tensor = torch.linalg.vector_norm(view.sae.W_dec_FD, dim=1)

@@ -72,7 +72,7 @@ class Nested:
     It makes the first features a dictionary of their own. `sizes`: m_g as rising shares of F, the last one 1.
     `weights`: w_g, none for all 1; `average` divides the sum by the number of sizes. Libraries differ by that: 1 each,
     1 / G each, and 1 / G^2 where a mean of weighted losses is taken, next to which an auxiliary term weighs G times
-    more.
+    more. `reduce` as of `mse`.
     """
 
     partial: ClassVar[bool] = False
@@ -80,6 +80,7 @@ class Nested:
     sizes: tuple[float, ...] = field(default=(0.0625, 0.125, 0.25, 0.5, 1.0), validator=_rising)
     weights: tuple[float, ...] = field(default=(), validator=deep_iterable(gt(0.0)))
     average: bool = False
+    reduce: str = field(default="sum", validator=in_(("sum", "mean")))
 
     def settle(self, plan: Plan) -> Nested:
         """Raises RecipeError where weights and sizes differ in number, or two sizes come to the same features."""
@@ -109,7 +110,7 @@ class Nested:
         for begin, end, weight in zip((0, *ends), ends[:-1], weights, strict=False):
             prefix_BD = prefix_BD + decoded(view, z_BF[:, begin:end], slice(begin, end))
             total = total + weight * mean_square(white_BD - prefix_BD)
-        return total / len(ends) if self.average else total
+        return total / (len(ends) if self.average else 1) / (white_BD.shape[1] if self.reduce == "mean" else 1)
 
     def _ends(self, width: int) -> tuple[int, ...]:
         return tuple(int(share * width) for share in self.sizes)

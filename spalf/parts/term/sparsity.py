@@ -11,7 +11,7 @@ from torch import Tensor
 from spalf.core.recipe import Plan
 from spalf.core.slots import from_knob, term
 from spalf.core.values import View
-from spalf.parts.term.common import gate_pre, lengths, listed, needs_gate, ramp
+from spalf.parts.term.common import gate_pre, lengths, listed, needs_gate, ramp, reaches
 
 
 @term("l0")
@@ -26,6 +26,11 @@ class L0:
     target: int = from_knob("L0_target", validator=gt(0))
     weight: float = field(default=1.0, validator=gt(0.0))
     warmup: int = field(default=0, validator=ge(0))
+
+    def settle(self, plan: Plan) -> L0:
+        """Raises RecipeError where the run is shorter than the warm-up."""
+        reaches(plan, self.warmup)
+        return self
 
     def value(self, view: View) -> Tensor:
         weight = self.weight * ramp(view.clock, self.warmup)
@@ -46,6 +51,11 @@ class L0Quadratic:
     weight: float = field(default=1.0, validator=gt(0.0))
     warmup: int = field(default=0, validator=ge(0))
     each: bool = False
+
+    def settle(self, plan: Plan) -> L0Quadratic:
+        """Raises RecipeError where the run is shorter than the warm-up."""
+        reaches(plan, self.warmup)
+        return self
 
     def value(self, view: View) -> Tensor:
         ratio_B = view.sae.machine.mesh.sum(view.forward.code.l0_B()) / self.target
@@ -72,7 +82,8 @@ class L1:
     of: str = field(default="code", validator=in_(("code", "gate")))
 
     def settle(self, plan: Plan) -> L1:
-        """Raises RecipeError where the gate is asked for and the activation has none."""
+        """Raises RecipeError where the activation has no gate to sum, or the run ends within the warm-up."""
+        reaches(plan, self.warmup)
         if self.of == "gate":
             needs_gate(plan, 'of = "gate"')
         return self
