@@ -1,6 +1,7 @@
 /* One feature: what fires it, what it does, what lies near it. */
 
-const BEFORE = 14, AFTER = 8;
+/* The last is as far as a place has activations. */
+const BEFORE = 14, AFTER = 8, REACH = 128;
 
 function contextLine(i, place) {
   const A = ATLAS, [sequence, peak, rank, flat] = place, tokens = A.sequences[sequence], at = new Map();
@@ -8,7 +9,7 @@ function contextLine(i, place) {
   const level = (A.peak[i] * at.get(peak)) / 100;
   const line = h("div", { class: "tokens" });
   const draw = (wide) => {
-    const from = wide ? 0 : Math.max(0, peak - BEFORE), to = wide ? tokens.length : Math.min(tokens.length, peak + AFTER + 1);
+    const from = Math.max(0, peak - (wide ? REACH : BEFORE)), to = Math.min(tokens.length, peak + (wide ? REACH : AFTER) + 1);
     const spans = [];
     for (let t = from; t < to; t += 1) {
       const text = A.text[tokens[t]], share = at.get(t), shown = wide ? text.replace(/\n/g, RETURN + "\n") : visible(text);
@@ -74,7 +75,7 @@ function facts(i) {
     add("Anchored to", chip(A.text[tied[0]]), `cosine ${number(tied[2], 3)} with its unembedding`);
     add("Drift", number(tied[1], 3), "from the anchor, whitened");
   }
-  if (A.absorption[i] !== null) add("Absorption", percent(A.absorption[i]), null);
+  if (A.absorption[i] !== null) add("Absorption", percent(A.absorption[i]), "of its token's places: another feature speaks");
   if (A.planted[i].length) add("Planted", "number " + A.planted[i][0], `cosine ${number(A.planted[i][1], 3)}`);
   return h("dl", { class: "facts" }, out);
 }
