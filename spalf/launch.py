@@ -29,6 +29,9 @@ from spalf.training import Result, train
 OVERRIDABLE = ("record", "budget.tokens", "kernel", "evaluator")
 """What may differ between a checkpoint's recipe and the run that goes on from it."""
 
+TEXTS = 64
+"""Paired texts per pass of the model."""
+
 WRITTEN = (
     *("checkpoints", "recipe.toml", "plan.json", "metrics.jsonl", "metrics.csv", "summary.json", "features.json"),
     *("report.html", "atlas.json", "trackers"),
@@ -156,14 +159,38 @@ def harvest(
     sets: Sequence[str] = (),
     tokens: int | None = None,
     format: str = "safetensors",
+    pairs: str | Path | None = None,
+    position: str = "last",
     device: str = "auto",
 ) -> Path:
-    """Write a recipe's activations to shards with a manifest, which the `activations` source reads."""
+    """Write a recipe's activations to shards with a manifest, which the `activations` source reads.
+
+    With `pairs`, a file of paired texts, the activations of those instead, for the `difference` source: of each text's
+    "last" token, or the "mean" over its tokens. Raises SourceError or RecipeError.
+    """
+    plan = compile_recipe(recipe, sets)
+    if pairs is not None:
+        if tokens is not None or format != "safetensors":
+            message = "has no part in harvesting pairs, which are all read, into one safetensors file"
+            raise RecipeError([Problem("--tokens" if tokens is not None else "--format", message, "leave it out")])
+        return _harvest_pairs(plan, Path(out), Path(pairs), position, device)
     from spalf.parts.source.shards import write_shards
 
-    plan = compile_recipe(recipe, sets)
     stream = plan.recipe.source.open(plan.recipe.seed, _device(device))
     return write_shards(stream, Path(out), tokens or plan.recipe.budget.tokens, format=format)
+
+
+def _harvest_pairs(plan: Plan, out: Path, pairs: Path, position: str, device: str) -> Path:
+    from spalf.parts.source.pairs import write_pairs
+    from spalf.parts.source.texts import harvest_pairs, read_text_pairs
+
+    if position not in ("last", "mean"):
+        raise RecipeError([Problem("--position", f"{position!r} is no place in a text", "use last or mean")])
+    texts = read_text_pairs(pairs)
+    if out.exists():
+        raise RecipeError([Problem(str(out), "exists already", "name another directory, or remove it")])
+    stream = plan.recipe.source.open(plan.recipe.seed, _device(device))
+    return write_pairs(out, harvest_pairs(stream, texts, position=position, sequences=TEXTS))
 
 
 # ---------------------------------------------------------------------------------------------------- inside

@@ -414,3 +414,21 @@ def test_harvest_writes_what_the_activations_source_reads(recipe: Path, tmp_path
     source = f'source={{ use = "activations", path = "{out}", shuffle = 512 }}'
     without_truth = [source, "phase.calibrate.samples=512"]
     assert run(recipe, tmp_path, *without_truth).outcome == "done"
+
+
+def test_harvest_writes_pairs_that_the_difference_source_reads(tmp_path: Path) -> None:
+    from spalf.parts.source.difference import Difference
+    from spalf.parts.source.pairs import read_pairs
+
+    texts = tmp_path / "pairs.jsonl"
+    texts.write_text("".join(f'{{"a": "x = {i}", "b": "y = {i}", "labels": {{"y": 1}}}}\n' for i in range(12)))
+    source = 'source={ use = "huggingface", model = "embedded", layer = 1, text = "stdlib", dtype = "float32" }'
+    sets = ["name='pairs'", source]
+    out = launch.harvest("spalf", tmp_path / "pairs", sets=sets, pairs=texts, position="mean", device="cpu")
+    pairs = read_pairs(out)
+    assert (len(pairs), pairs.concepts, pairs.facts.hook) == (12, ("y",), "blocks.1.hook_resid_post")
+    assert "labels" in Difference(pairs=str(out), held_out=0.2).facts().provides
+    with pytest.raises(RecipeError, match="exists already"):
+        launch.harvest("spalf", out, sets=sets, pairs=texts, device="cpu")
+    with pytest.raises(RecipeError, match="--tokens: has no part in harvesting pairs"):
+        launch.harvest("spalf", tmp_path / "more", sets=sets, pairs=texts, tokens=5, device="cpu")

@@ -218,12 +218,23 @@ def harvest(
         typer.Option("--tokens", metavar="N", min=1, help="Activations to write; budget.tokens.", show_default=False),
     ] = None,
     form: Annotated[Literal["safetensors", "npy"], typer.Option("--format", help="Of the shards.")] = "safetensors",
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", metavar="FILE", help="Paired texts to read instead.", show_default=False)
+    ] = None,
+    position: Annotated[
+        Literal["last", "mean"], typer.Option("--position", help="Of a paired text's tokens: the last, or their mean.")
+    ] = "last",
     device: Device = "auto",
 ) -> None:
-    """Write the activations of a recipe's source to shards with a manifest, for the source "activations"."""
+    """Write the activations of a recipe's source to shards with a manifest, for the source "activations".
+
+    With --pairs, those of paired texts (JSON lines with "a", "b" and "labels", .tsv or .csv), for the source
+    "difference".
+    """
     from spalf.launch import harvest as write
 
-    _wrote(ctx, write(recipe, out, sets=sets, tokens=tokens, format=form, device=device))
+    path = write(recipe, out, sets=sets, tokens=tokens, format=form, pairs=pairs, position=position, device=device)
+    _wrote(ctx, path)
 
 
 def _wrote(ctx: typer.Context, path: Path) -> None:

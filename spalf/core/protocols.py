@@ -55,7 +55,7 @@ class Source(Protocol):
 
 
 class Whitener(Protocol):
-    """How model space becomes whitened space."""
+    """How model space becomes whitened space. One that takes no mean off has a class attribute `centred` = False."""
 
     def build(self, facts: Facts) -> Metric: ...
 

@@ -41,13 +41,13 @@ _MODULES: Mapping[str, str] = {
 }
 
 
-def conform(cls: type) -> list[Check]:
+def conform(cls: type, **options: Any) -> list[Check]:
     """The named checks that every component of this class's slot must pass, for `pytest.mark.parametrize`.
 
-    Options come from `example`. Raises ComponentError where the class carries no label.
+    Options that are not given come from `example`. Raises ComponentError where the class carries no label.
     """
     module = importlib.import_module(_MODULES[label(cls).slot])
-    checks: list[Check] = module.checks(cls, example(cls))
+    checks: list[Check] = module.checks(cls, example(cls, **options))
     return checks
 
 

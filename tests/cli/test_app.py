@@ -123,14 +123,21 @@ def test_eval_shows_each_number_under_its_evaluator(spalf: Spalf, calls: Calls) 
 
 def test_export_and_harvest_say_what_they_wrote(spalf: Spalf, calls: Calls) -> None:
     assert "wrote there" in spalf("export", "runs/small", "there", "--dtype", "bfloat16").stderr
-    words = "harvest r.toml shards --tokens 64 --format npy --device cpu --set a=1"
+    words = "harvest r.toml shards --tokens 64 --format npy --device cpu --set a=1 --pairs p.jsonl --position mean"
     assert "wrote shards" in spalf(*words.split()).stderr
     assert calls == [
         ("export", (Path("runs/small"), Path("there")), {"dtype": "bfloat16"}),
         (
             "harvest",
             ("r.toml", Path("shards")),
-            {"sets": ["a=1"], "tokens": 64, "format": "npy", "device": "cpu"},
+            {
+                "sets": ["a=1"],
+                "tokens": 64,
+                "format": "npy",
+                "pairs": Path("p.jsonl"),
+                "position": "mean",
+                "device": "cpu",
+            },
         ),
     ]
 
