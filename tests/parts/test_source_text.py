@@ -301,6 +301,11 @@ def test_every_token_knows_its_document_in_every_epoch() -> None:
     assert min(home.values()) >= 0
 
 
+def test_ids_of_held_out_documents_have_every_remainder() -> None:
+    held = [key for i in range(4000) if is_held_out(key := str(i).encode(), 20)]
+    assert {document_id(key) % 10 for key in held} == set(range(10))
+
+
 def test_documents_without_text_are_refused_rather_than_read_for_ever() -> None:
     with pytest.raises(SourceError, match=r'"listed" has no document in this split'):
         pack([[], []], 3).take(1)

@@ -51,16 +51,15 @@ class Documents(Protocol):
 
 def is_held_out(key: bytes, one_in: int) -> bool:
     """Whether a document is in the held-out one of `one_in`; depends on its key alone."""
-    return _hash(key) % one_in == 0
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") % one_in == 0
 
 
 def document_id(key: bytes) -> int:
-    """The same number for a document wherever it is met: in any epoch, order or process. Fits an int64."""
-    return _hash(key) >> 1
+    """The same number for a document wherever it is met: in any epoch, order or process. Fits an int64.
 
-
-def _hash(key: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+    Salted, so that its remainders are spread evenly among held-out documents too, which are those of one remainder.
+    """
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8, salt=b"document").digest(), "big") >> 1
 
 
 # --------------------------------------------------------------------------------------------- the standard library
