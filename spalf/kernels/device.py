@@ -104,85 +104,60 @@ def sum_by_feature(starts, row, value, x, out, order, total, dim, BLOCK_N: tl.co
 
 
 @triton.jit
-def _adam(w, g, m_at, v_at, mask, rate, beta1, beta2, eps, correction1, root2):
+def _gradient(begin, end, row, scale, source, dim, at, inside, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(sum of scale[n] source[row[n]], sum of scale[n]) over the entries from `begin` to `end`."""
+    total = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    weight = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for n in range(begin, end, BLOCK_N):
+        i = n + tl.arange(0, BLOCK_N)
+        a = tl.load(scale + i, mask=i < end, other=0.0)
+        b = tl.load(row + i, mask=i < end, other=0).to(tl.int64)
+        wanted = (a != 0.0)[:, None] & inside[None, :]
+        x = tl.load(source + b[:, None] * dim + at[None, :], mask=wanted, other=0.0).to(tl.float32)
+        total += tl.sum(a[:, None] * x, axis=0)
+        weight += a
+    return total, tl.sum(weight, axis=0)
+
+
+@triton.jit
+def _adam(w, g, m_at, v_at, mask, hyper):
+    """The row after one Adam step; `hyper`: rate, beta1, beta2, eps, 1 - beta1^t, sqrt(1 - beta2^t)."""
+    beta1, beta2 = tl.load(hyper + 1), tl.load(hyper + 2)
     m = tl.load(m_at, mask=mask, other=0.0)
     v = tl.load(v_at, mask=mask, other=0.0)
     m = m + (g - m) * (1.0 - beta1)
     v = beta2 * v + (1.0 - beta2) * g * g
     tl.store(m_at, m, mask=mask)
     tl.store(v_at, v, mask=mask)
-    return w - (rate / correction1) * m / (tl.sqrt(v) / root2 + eps)
+    rate = tl.load(hyper) / tl.load(hyper + 4)
+    return w - rate * m / (tl.sqrt(v) / tl.load(hyper + 5) + tl.load(hyper + 3))
 
 
+# fmt: off
 @triton.jit
 def update_rows(
-    order,
-    starts,
-    row,
-    z,
-    force,
-    grad,
-    white,
-    dec,
-    dec_m,
-    dec_v,
-    dec_low,
-    dec_more,
-    enc,
-    enc_m,
-    enc_v,
-    enc_low,
-    enc_more,
-    bias_grad,
-    sphere,
-    target,
-    strength,
-    first,
-    last,
-    hyper,
-    skip,
-    dim,
-    MORE_DEC: tl.constexpr,
-    MORE_ENC: tl.constexpr,
-    LOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    order, starts, row, scale, source, weight, moment1, moment2, low, more, sums, sphere, target, strength,
+    first, last, hyper, skip, dim,
+    MORE: tl.constexpr, LOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """Both gradients of one feature, their projection, Adam, the row's norm and the low-precision copies, in one pass.
+    # fmt: on
+    """One feature's row of one matrix: gradient, its projection, Adam, norm and low-precision copy, in one pass.
 
-    Per entry n of the feature: dec += z[n] grad[row[n]], enc += force[n] white[row[n]], bias += force[n]. Rows first to
-    last are pulled to `target`: dec += strength (dec - target). No gradient matrix exists. `hyper`: rate of dec, rate
-    of enc, beta1, beta2, eps, 1 - beta1^t, sqrt(1 - beta2^t). `skip`: nothing is written where it is not 0.
+    The gradient is the sum of scale[n] source[row[n]] over the feature's entries; no gradient matrix exists. `more` is
+    added to it, and rows first to last are pulled to `target`: strength (row - target). `sphere` names the rows that
+    are kept at unit norm, `sums` takes each feature's sum of `scale`. Nothing is written where `skip` is not 0.
     """
     if tl.load(skip) == 0:
         f = tl.load(order + tl.program_id(0)).to(tl.int64)
-        begin = tl.load(starts + f)
-        end = tl.load(starts + f + 1)
         at = tl.arange(0, BLOCK_D)
         inside = at < dim
-        g_dec = tl.zeros((BLOCK_D,), dtype=tl.float32)
-        g_enc = tl.zeros((BLOCK_D,), dtype=tl.float32)
-        g_bias = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        for n in range(begin, end, BLOCK_N):
-            i = n + tl.arange(0, BLOCK_N)
-            here = i < end
-            b = tl.load(row + i, mask=here, other=0).to(tl.int64)
-            a = tl.load(z + i, mask=here, other=0.0)
-            c = tl.load(force + i, mask=here, other=0.0)
-            source = b[:, None] * dim + at[None, :]
-            in_dec, in_enc = (a != 0.0)[:, None] & inside[None, :], (c != 0.0)[:, None] & inside[None, :]
-            g_dec += tl.sum(a[:, None] * tl.load(grad + source, mask=in_dec, other=0.0).to(tl.float32), axis=0)
-            g_enc += tl.sum(c[:, None] * tl.load(white + source, mask=in_enc, other=0.0).to(tl.float32), axis=0)
-            g_bias += c
-        tl.store(bias_grad + f, tl.sum(g_bias, axis=0))
-        rate_dec, rate_enc = tl.load(hyper), tl.load(hyper + 1)
-        beta1, beta2, eps = tl.load(hyper + 2), tl.load(hyper + 3), tl.load(hyper + 4)
-        correction1, root2 = tl.load(hyper + 5), tl.load(hyper + 6)
-        here_D = f * dim + at
-        w = tl.load(dec + here_D, mask=inside, other=0.0)
-        g = g_dec
-        if MORE_DEC:
-            g += tl.load(dec_more + here_D, mask=inside, other=0.0)
+        here = f * dim + at
+        begin, end = tl.load(starts + f), tl.load(starts + f + 1)
+        g, total = _gradient(begin, end, row, scale, source, dim, at, inside, BLOCK_N, BLOCK_D)
+        tl.store(sums + f, total)
+        w = tl.load(weight + here, mask=inside, other=0.0)
+        if MORE:
+            g += tl.load(more + here, mask=inside, other=0.0)
         if (f >= first) & (f < last):
             t = tl.load(target + (f - first) * dim + at, mask=inside, other=0.0).to(tl.float32)
             g += tl.load(strength) * (w - t)
@@ -190,17 +165,9 @@ def update_rows(
         if on_sphere:
             # g <- g - w (w'g) / (w'w)
             g -= w * (tl.sum(w * g, axis=0) / tl.maximum(tl.sum(w * w, axis=0), 1.1754944e-38))
-        w = _adam(w, g, dec_m + here_D, dec_v + here_D, inside, rate_dec, beta1, beta2, eps, correction1, root2)
+        w = _adam(w, g, moment1 + here, moment2 + here, inside, hyper)
         if on_sphere:
             w = w / tl.maximum(tl.sqrt(tl.sum(w * w, axis=0)), 1.1754944e-38)
-        tl.store(dec + here_D, w, mask=inside)
+        tl.store(weight + here, w, mask=inside)
         if LOW:
-            tl.store(dec_low + here_D, w.to(tl.bfloat16), mask=inside)
-        w = tl.load(enc + here_D, mask=inside, other=0.0)
-        g = g_enc
-        if MORE_ENC:
-            g += tl.load(enc_more + here_D, mask=inside, other=0.0)
-        w = _adam(w, g, enc_m + here_D, enc_v + here_D, inside, rate_enc, beta1, beta2, eps, correction1, root2)
-        tl.store(enc + here_D, w, mask=inside)
-        if LOW:
-            tl.store(enc_low + here_D, w.to(tl.bfloat16), mask=inside)
+            tl.store(low + here, w.to(tl.bfloat16), mask=inside)

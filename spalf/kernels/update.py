@@ -94,15 +94,14 @@ def _joined(shares: list[Share], by: ByFeature, like_FD: Tensor, low: bool) -> t
     return by.take(z_N), by.take(force_N), grad_BD.contiguous(), white_BD.contiguous()
 
 
-def _hyper(learner: Learner, step: Tensor) -> Tensor:
-    """Rates, betas, eps and bias corrections of the two matrices as one float32 tensor on the device."""
-    groups = {id(g["params"][0]): g for g in learner.optimizer.param_groups}
-    dec, enc = groups[id(learner.sae.W_dec_FD)], groups[id(learner.sae.W_enc_FD)]
-    beta1, beta2 = dec["betas"]
+def _hyper(learner: Learner, parameter: Tensor, step: Tensor) -> Tensor:
+    """Rate, betas, eps, 1 - beta1^t and sqrt(1 - beta2^t) of a parameter, float32 [6] on the device."""
+    group = next(g for g in learner.optimizer.param_groups if g["params"][0] is parameter)
+    beta1, beta2 = group["betas"]
     t = step.double()
     corrections = [1 - torch.exp(t * math.log(beta1)), torch.sqrt(1 - torch.exp(t * math.log(beta2)))]
     # Filled on the device: a copy from the host would wait for it.
-    fixed = [torch.full_like(t, value) for value in (dec["lr"], enc["lr"], beta1, beta2, dec["eps"])]
+    fixed = [torch.full_like(t, value) for value in (group["lr"], beta1, beta2, group["eps"])]
     return torch.stack(fixed + corrections).float()
 
 
@@ -118,6 +117,54 @@ def _skip(shares: list[Share], device: torch.device) -> Tensor:
     """Whether any list was cut, float32 scalar in {0, 1}."""
     flags = [s.overflow for s in shares if s.overflow is not None]
     return torch.stack(flags).any().float() if flags else torch.zeros((), device=device)
+
+
+@define(eq=False)
+class Sources:
+    """What the rows' gradients are summed from: entries by feature, a weight of each, the rows they point at."""
+
+    by: ByFeature
+    scale_N: Tensor
+    source_BD: Tensor
+    pull: Pull | None = None
+
+
+def _step_rows(
+    learner: Learner, weight: torch.nn.Parameter, made_of: Sources, low: Tensor | None, sphere_F: Tensor, skip: Tensor
+) -> Tensor:
+    """Gradient, projection, Adam and norm of every row of one matrix; returns each feature's sum of weights, [F]."""
+    (width, dim), more, pull = weight.shape, weight.grad, made_of.pull
+    step, moment1, moment2 = _moments(learner, weight)
+    step += 1.0 - skip
+    sums_F = torch.zeros(width, device=weight.device)
+    device.update_rows[(width,)](
+        made_of.by.order_F,
+        made_of.by.starts_F1,
+        made_of.by.row_N,
+        made_of.scale_N,
+        made_of.source_BD,
+        weight.data,
+        moment1,
+        moment2,
+        weight.data if low is None else low,
+        weight.data if more is None else more,
+        sums_F,
+        sphere_F,
+        weight.data if pull is None else pull.target_AD,
+        skip if pull is None else pull.strength,
+        0 if pull is None else pull.rows.start,
+        0 if pull is None else pull.rows.stop,
+        _hyper(learner, weight, step),
+        skip,
+        dim,
+        MORE=more is not None,
+        LOW=low is not None,
+        BLOCK_N=4,
+        BLOCK_D=power_of_2(dim, 16, 1 << 16),
+        num_warps=power_of_2(dim // 256, 1, 8),
+    )
+    weight.grad = None
+    return sums_F
 
 
 def update_(
@@ -139,49 +186,12 @@ def update_(
     skip = _skip(shares, dec.device)
     by = turn_over([s.index_BK for s in shares], sae.width)
     z_N, force_N, grad_BD, white_BD = _joined(shares, by, dec, shadows is not None)
-    step_d, dec_m, dec_v = _moments(learner, dec)
-    step_e, enc_m, enc_v = _moments(learner, enc)
-    step_d += 1.0 - skip
-    step_e += 1.0 - skip
-    more_dec, more_enc = dec.grad, enc.grad
-    bias_grad = torch.zeros_like(bias)
-    low_dec, low_enc = shadows if shadows is not None else (dec.data, enc.data)
-    device.update_rows[(sae.width,)](
-        by.order_F,
-        by.starts_F1,
-        by.row_N,
-        z_N,
-        force_N,
-        grad_BD,
-        white_BD,
-        dec.data,
-        dec_m,
-        dec_v,
-        low_dec,
-        dec.data if more_dec is None else more_dec,
-        enc.data,
-        enc_m,
-        enc_v,
-        low_enc,
-        enc.data if more_enc is None else more_enc,
-        bias_grad,
-        sphere_F,
-        dec.data if pull is None else pull.target_AD,
-        skip if pull is None else pull.strength,
-        0 if pull is None else pull.rows.start,
-        0 if pull is None else pull.rows.stop,
-        _hyper(learner, step_d),
-        skip,
-        dec.shape[1],
-        MORE_DEC=more_dec is not None,
-        MORE_ENC=more_enc is not None,
-        LOW=shadows is not None,
-        BLOCK_N=4,
-        BLOCK_D=power_of_2(dec.shape[1], 16, 1 << 16),
-        num_warps=power_of_2(dec.shape[1] // 256, 1, 8),
-    )
-    dec.grad = enc.grad = None
-    bias.grad = bias_grad if bias.grad is None else bias.grad + bias_grad
+    low_dec, low_enc = shadows if shadows is not None else (None, None)
+    _step_rows(learner, dec, Sources(by, z_N, grad_BD, pull), low_dec, sphere_F, skip)
+    free_F = torch.zeros_like(sphere_F)
+    force_F = _step_rows(learner, enc, Sources(by, force_N, white_BD), low_enc, free_F, skip)
+    if bias.requires_grad:
+        bias.grad = force_F if bias.grad is None else bias.grad + force_F
     _others(learner, skip)
 
 

@@ -1,0 +1,190 @@
+"""The Triton backend against the oracle: values, every gradient, whole optimizer steps, and what happens to long lists.
+
+On a CPU the kernels run in Triton's interpreter, slowly, hence on small shapes; on CUDA the same tests are compiled.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spalf.core.state import Learner
+from spalf.core.values import Clock, Machine, White
+from spalf.kernels import reference
+from spalf.nn import StratifiedAutoencoder
+from spalf.parts.activation.jumprelu import JumpReLU
+from spalf.parts.optimizer.adam import Adam
+from spalf.parts.stratum import Anchored, Free
+from spalf.testing import example
+
+fused = pytest.importorskip("spalf.kernels.fused", reason="triton is not installed")
+lists = pytest.importorskip("spalf.kernels.lists")
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+# rows, d_model, features: no number is a multiple of a block
+SHAPES = [(5, 12, 70), (9, 33, 130), *([(257, 100, 3001), (512, 512, 16_384), (64, 2048, 9000)] if CUDA else [])]
+TRACED = ("W_enc_FD", "W_dec_FD", "b_enc_F", "b_dec_D", "log_gain", "_activator.log_threshold_F")
+
+
+def built(ops: Any, shape: tuple[int, int, int], seed: int, dtype: torch.dtype) -> tuple[StratifiedAutoencoder, Tensor]:
+    """Random unit rows in two strata; row 0 of the input fires nothing, row 1 fires whatever it can."""
+    rows, dim, width = shape
+    draw = torch.Generator().manual_seed(seed)
+    activator = JumpReLU(bandwidth=0.5).build(width)
+    machine = Machine(device=DEVICE, ops=ops)
+    sae = StratifiedAutoencoder(dim, {"a": width // 3, "b": width - width // 3}, activator, machine)
+    for weight_FD in (sae.W_enc_FD, sae.W_dec_FD):
+        weight_FD.data.copy_(torch.nn.functional.normalize(torch.randn(width, dim, generator=draw), dim=1))
+    sae.b_enc_F.data.copy_(0.1 * torch.randn(width, generator=draw))
+    density = 0.05
+    theta = math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - 2 * density)))
+    activator.log_threshold_F.data.fill_(math.log(theta))  # type: ignore[attr-defined]
+    x_BD = torch.randn(rows, dim, generator=draw)
+    x_BD[0] = 0.0
+    return sae.to(DEVICE, dtype).train(), x_BD.to(DEVICE, dtype)
+
+
+def loss_of(sae: StratifiedAutoencoder, x_BD: Tensor) -> Tensor:
+    """Everything that training asks of a backend: error, L0, distance to targets, co-activation."""
+    ops = sae.machine.ops
+    code = sae.encode(White(x_BD))
+    target_AD = torch.linspace(-1, 1, sae.rows["a"].stop * x_BD.shape[1]).reshape(-1, x_BD.shape[1])
+    distance = ops.distance(sae, target_AD.to(x_BD), sae.rows["a"])
+    sample_R = torch.arange(0, x_BD.shape[0], 2, device=DEVICE)
+    draw = torch.Generator(DEVICE).manual_seed(0)
+    cosine = ops.coactivation(code, sae, sample_R, slice(0, sae.width), lambda v: 2 * v, draw)
+    error = (sae.decode(code) - x_BD).square().sum(1).mean()
+    return error + 0.1 * code.l0_B().mean() + 1e-3 * distance + cosine + 1e-2 * sae.W_dec_FD[:3].pow(4).sum()
+
+
+def gradients(ops: Any, shape: tuple[int, int, int], seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    sae, x_BD = built(ops, shape, seed, dtype)
+    if isinstance(ops, fused.FusedOps):
+        ops._capacity.limit = 64 if shape[2] < 1000 else 512
+    x_BD.requires_grad_(True)
+    loss = loss_of(sae, x_BD)
+    loss.backward()
+    assert x_BD.grad is not None
+    return {
+        "loss": loss.detach(),
+        "input": x_BD.grad,
+        **{n: p.grad for n, p in sae.named_parameters() if p.grad is not None},
+    }
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_gradient_equals_the_oracle_in_float64(shape: tuple[int, int, int]) -> None:
+    seed = int(torch.randint(2**31, ()))  # fresh inputs in every run
+    ours = gradients(fused.FusedOps(compute="float32"), shape, seed, torch.float32)
+    oracle = gradients(reference.ReferenceOps(), shape, seed, torch.float64)
+    assert set(ours) == set(oracle) >= set(TRACED)
+    for name, value in oracle.items():
+        error = float((ours[name].double() - value).norm() / value.norm().clamp(min=1e-12))
+        assert error < 1e-5, f"{name}: {error:.1e} with seed {seed}"
+
+
+def learner(ops: Any, shape: tuple[int, int, int]) -> tuple[Learner, Tensor]:
+    sae, x_BD = built(ops, shape, 7, torch.float32)
+    rule = example(Adam, lr=1e-2)
+    optimizer = rule.build(sae.named_parameters())
+    rates = tuple(group["lr"] for group in optimizer.param_groups)
+    made = Learner(sae=sae, optimizer=optimizer, rule=rule, strata={"a": Anchored(), "b": Free()}, rates=rates)  # type: ignore[arg-type]
+    made.project_()
+    return made, x_BD
+
+
+def trained(ops: Any, shape: tuple[int, int, int], steps: int = 3) -> dict[str, Tensor]:
+    """Parameters and moments after some steps."""
+    made, x_BD = learner(ops, shape)
+    for step in range(steps):
+        made.descend(loss_of(made.sae, x_BD), Clock(step=step, total=10))  # type: ignore[arg-type]
+    moments = {
+        f"{name}.{key}": value
+        for name, p in made.sae.named_parameters()
+        for key, value in made.optimizer.state[p].items()  # type: ignore[index]
+    }
+    return {**{n: p.detach() for n, p in made.sae.named_parameters()}, **moments}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES[:4])
+def test_a_fused_step_is_the_optimizer_s_step(shape: tuple[int, int, int]) -> None:
+    ours, plain = trained(fused.FusedOps(compute="float32"), shape), trained(reference.ReferenceOps(), shape)
+    assert set(ours) == set(plain)
+    for name, value in plain.items():
+        error = float((ours[name] - value).norm() / value.norm().clamp(min=1e-9))
+        # A moment of a rare entry is a small difference: as far apart as float32's order of summation allows.
+        assert error < 2e-4, f"{name}: {error:.1e}"
+
+
+@pytest.mark.slow
+def test_the_sums_of_a_step_have_one_order() -> None:
+    one, two = (trained(fused.FusedOps(compute="float32"), SHAPES[1]) for _ in range(2))
+    for name in ("W_enc_FD", "W_dec_FD", "b_enc_F"):
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_a_list_that_is_cut_changes_nothing_and_the_next_is_longer() -> None:
+    ops = fused.FusedOps(compute="float32")
+    made, x_BD = learner(ops, SHAPES[1])
+    made.descend(loss_of(made.sae, x_BD), Clock(step=0, total=10))  # type: ignore[arg-type]
+    before = {name: p.detach().clone() for name, p in made.sae.named_parameters()}
+    steps = {name: float(made.optimizer.state[p]["step"]) for name, p in made.sae.named_parameters()}  # type: ignore[index]
+    ops._capacity.limit = 1
+    code = made.sae.encode(White(x_BD))
+    assert bool(code.overflow)
+    loss = (made.sae.decode(code) - x_BD).square().mean()
+    made.descend(loss, Clock(step=1, total=10))  # type: ignore[arg-type]
+    for name, p in made.sae.named_parameters():
+        assert torch.equal(before[name], p), name
+        assert steps[name] == float(made.optimizer.state[p]["step"]), name  # type: ignore[index]
+    for _ in range(fused._LAG + 1):
+        last = made.sae.encode(White(x_BD))
+    assert not bool(last.overflow)
+
+
+def test_outside_training_no_list_is_cut() -> None:
+    ops = fused.FusedOps(compute="float32")
+    sae, x_BD = built(ops, SHAPES[1], 3, torch.float32)
+    ops._capacity.limit = 1
+    with torch.no_grad():
+        code = sae.encode(White(x_BD))
+        oracle = reference.encode(White(x_BD), sae)
+    assert not bool(code.overflow)
+    torch.testing.assert_close(code.dense(), oracle.dense())
+
+
+def test_lists_that_would_be_long_give_way_to_a_dense_code() -> None:
+    ops = fused.FusedOps(compute="float32")
+    sae, x_BD = built(ops, SHAPES[1], 3, torch.float32)
+    sae.activator.log_threshold_F.data.fill_(-9.0)  # type: ignore[attr-defined]
+    assert sae.encode(White(x_BD)).index_BK is None
+
+
+def test_low_precision_copies_follow_whoever_writes() -> None:
+    ops = fused.FusedOps(compute="bfloat16")
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    first = ops._low("W_enc_FD", weight)
+    assert ops._low("W_enc_FD", weight) is first
+    with torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(ops._low("W_enc_FD", weight), weight.detach().bfloat16())
+
+
+def test_turning_lists_over_is_a_transpose() -> None:
+    width = 11
+    draw = torch.Generator().manual_seed(2)
+    parts = [torch.randint(0, width + 1, (rows, 4), generator=draw).to(DEVICE) for rows in (3, 5)]
+    by = lists.turn_over(parts, width)
+    flat = torch.cat([p.reshape(-1) for p in parts])
+    row_N = torch.arange(8, device=DEVICE).repeat_interleave(4)
+    for f in range(width):
+        begin, end = int(by.starts_F1[f]), int(by.starts_F1[f + 1])
+        assert torch.equal(by.row_N[begin:end].long(), row_N[flat == f])
+    counts = torch.bincount(flat, minlength=width + 1)[:width]
+    assert torch.equal(counts[by.order_F.long()], counts.sort(descending=True).values)
