@@ -22,6 +22,7 @@ from spalf.core.values import Batch, Reading
 from spalf.engine import checkpoint
 from spalf.engine.build import build
 from spalf.errors import CheckpointError, DivergedError, Problem, RecipeError
+from spalf.kernels.reference import tensor_cores
 
 ASK_EVERY = 10  # steps between asking a gate, which waits for the device
 
@@ -150,7 +151,9 @@ class Run:
                 self._next(name)
             if self._enter:
                 self._enter_phase(name)
-            if not self._through(name, stop_at):
+            with tensor_cores(getattr(self.state.sae.machine.ops, "compute", "float32")):
+                reached = self._through(name, stop_at)
+            if not reached:
                 return "stopped"
         return "done"
 

@@ -5,7 +5,8 @@ Shape letters as in spalf/core/values.py; R sampled rows, U distinct features, N
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,21 @@ def reduces(device: torch.device) -> bool:
     if device.type != "cuda" or "dtype" not in torch.ops.aten.mm.overloads():  # type: ignore[no-untyped-call]
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@contextmanager
+def tensor_cores(compute: str) -> Iterator[None]:
+    """With "bfloat16", float32 products on CUDA round their operands to 11 bits (TF32) for the block, then as before.
+
+    What a language model hands over in bfloat16 has 8 bits: the metric's products lose less than the input had lost.
+    """
+    before = torch.get_float32_matmul_precision()
+    if compute == "bfloat16":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def matmul(a: Tensor, b: Tensor, compute: str) -> Tensor:

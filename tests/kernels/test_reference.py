@@ -150,3 +150,12 @@ def test_thinning_is_uniform_and_keeps_short_rows(monkeypatch: pytest.MonkeyPatc
         together[kept[:, None], kept] += 1
     share = together[~torch.eye(6, dtype=torch.bool)] / 4000
     assert torch.allclose(share, torch.full_like(share, 3 * 2 / (6 * 5)), atol=0.03)
+
+
+def test_products_are_as_before_after_a_block() -> None:
+    before = torch.get_float32_matmul_precision()
+    with reference.tensor_cores("bfloat16"):
+        assert torch.get_float32_matmul_precision() == "high"
+    with reference.tensor_cores("float32"):
+        assert torch.get_float32_matmul_precision() == before
+    assert torch.get_float32_matmul_precision() == before
