@@ -250,6 +250,9 @@ def load(path: Path, plan: Plan, state: TrainingState) -> dict[str, Any]:
             flat.update(load_file(path / f"{file}.safetensors"))
         except (OSError, SafetensorError) as e:
             raise CheckpointError(f"{path / file}.safetensors: cannot be read: {e}") from e
+    if "imported" in meta:
+        # Trained elsewhere, from a place in its data that nobody knows: the stream stays at its start.
+        flat.update({k: v for k, v in flatten(state).items() if k.startswith("stream.")})
     _shape_like(plan, state, flat)
     poured = restore(state, flat)
     assert poured is state

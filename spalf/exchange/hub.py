@@ -67,7 +67,7 @@ def push(directory: Path, upload: Upload, card: str, *, private: bool = False) -
     except OfflineModeIsEnabled as e:
         raise ExchangeError(f"--push {upload.repo}: the hub is switched off (unset HF_HUB_OFFLINE)") from e
     except Exception as e:  # which HTTP library the client has, and hence what it raises, differs between versions
-        raise ExchangeError(f"--push {upload.repo}: {_line(e)} (check the name, the network, and hf auth whoami)") from e
+        raise ExchangeError(f"--push {upload.repo}: {_line(e)} (check the name, the network, hf auth whoami)") from e
     return f"{api.endpoint}/{upload.repo}"
 
 

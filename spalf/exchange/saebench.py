@@ -5,6 +5,7 @@ Shape letters: F features, D d_model; here, as there, the encoder is [D, F].
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 
 from spalf.errors import ExchangeError
 from spalf.exchange.dictionary import Dictionary
+from spalf.exchange.formats import read
 from spalf.exchange.saelens import ARCHITECTURES
 
 
-@define(kw_only=True)
+@define(kw_only=True, slots=False)
 class Config:
-    """What SAEBench reads of a dictionary's `cfg`; it sets some of these itself."""
+    """What SAEBench reads of a dictionary's `cfg`; it adds attributes of its own, `metadata` among them."""
 
     model_name: str
     d_in: int
@@ -39,7 +41,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {name: getattr(self, name) for name in Config.__annotations__}
+        return {name: value for name, value in vars(self).items() if name != "metadata"}
 
 
 class SAEBenchDictionary(nn.Module):
@@ -121,6 +123,14 @@ class SAEBenchDictionary(nn.Module):
 
     def normalize_decoder(self) -> None:
         """Nothing to do: the rows have unit norm."""
+
+
+def load(path: str | Path, *, format: str = "safetensors", training_tokens: int = -100_000) -> SAEBenchDictionary:
+    """What `spalf export` wrote in `format`, for SAEBench's `run_eval_single_sae` and its kin.
+
+    Raises ExchangeError where the folder cannot be read, or names no model or block.
+    """
+    return SAEBenchDictionary(read(path, format), training_tokens=training_tokens)
 
 
 def _parameter(value: Tensor) -> nn.Parameter:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from attrs import asdict
 
 from spalf import launch
@@ -17,20 +16,9 @@ from spalf.core.state import TrainingState
 from spalf.engine.checkpoint import versions
 from spalf.engine.export import DTYPES
 from spalf.errors import ExchangeError
-from spalf.exchange import adopt, dictionary_learning, hub, plain, saelens, sparsify
-from spalf.exchange.dictionary import About, Dictionary, of_state
-
-WRITERS: Mapping[str, Callable[[Dictionary, Path, torch.dtype], Path]] = {
-    "saelens": saelens.write,
-    "dictionary_learning": dictionary_learning.write,
-}
-"""Formats of other libraries; "safetensors" is spalf's own."""
-READERS: Mapping[str, Callable[[Path], Dictionary]] = {
-    "safetensors": plain.read,
-    "saelens": saelens.read,
-    "dictionary_learning": dictionary_learning.read,
-    "sparsify": sparsify.read,
-}
+from spalf.exchange import adopt, hub
+from spalf.exchange.dictionary import About, of_state
+from spalf.exchange.formats import WRITERS, read
 
 
 def export(
@@ -73,9 +61,7 @@ def import_dictionary(
     Where its activations come from is said by the table [source] of `recipe`, then by `sets`, else by the dictionary's
     own file. Raises ExchangeError where the file cannot be read or `out` exists, RecipeError where the source is wrong.
     """
-    if format not in READERS:
-        raise ExchangeError(f'import: there is no format "{format}" (use {", ".join(READERS)})')
-    return adopt.adopt(READERS[format](Path(path)), Path(out), format=format, recipe=str(recipe), sets=sets)
+    return adopt.adopt(read(path, format), Path(out), format=format, recipe=str(recipe), sets=sets)
 
 
 def about_run(at: Path, plan: Plan, state: TrainingState, summary: Mapping[str, Any]) -> About:

@@ -33,25 +33,38 @@ Tensors = dict[str, Tensor]
 
 
 @pytest.fixture(scope="session")
-def run_peer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Run one of the reference scripts, once for all workers, and return the directory that it wrote."""
-    if not PYTHON.exists():
-        pytest.skip("run make peers")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A directory that is filled once for all workers."""
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
-    def run(script: str, *arguments: Path) -> Path:
-        out = shared / Path(script).stem
+    def fill(name: str, make: Callable[[Path], object]) -> Path:
+        out = shared / name
         with FileLock(f"{out}.lock"):
-            if not (out / "done").exists():
-                out.mkdir(exist_ok=True)
-                # Not our own path or settings: it is another environment.
-                env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-                command = [str(PYTHON), str(REFERENCE / script), str(out), *map(str, arguments)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-                assert done.returncode == 0, done.stderr
-                (out / "done").touch()
+            if not (shared / f"{name}.done").exists():
+                out.mkdir()
+                make(out)
+                (shared / f"{name}.done").touch()
         return out
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def run_peer(once: Callable[[str, Callable[[Path], object]], Path]) -> Callable[..., Path]:
+    """Run one of the reference scripts and return the directory that it wrote."""
+    if not PYTHON.exists():
+        pytest.skip("run make peers")
+
+    def run(script: str, *arguments: Path) -> Path:
+        def make(out: Path) -> None:
+            # Not our own path: it is another environment.
+            env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+            command = [str(PYTHON), str(REFERENCE / script), str(out), *map(str, arguments)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+            assert done.returncode == 0, done.stderr
+
+        return once(Path(script).stem, make)
 
     return run
 
