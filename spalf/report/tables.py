@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from spalf.core.recipe import Plan
+from spalf.engine.bootstrap import HIGH, LOW
 from spalf.report.numbers import short
 from spalf.report.rundir import RunRecord
 
-LOW, HIGH = ".low", ".high"
-"""What an evaluator calls the ends of a measure's interval."""
 FRONTIER = ("l0", "r2_raw", "ce")
 """Measures that a frontier gives at each scale of the thresholds, as `l0@1.5`."""
 

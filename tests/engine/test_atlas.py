@@ -191,9 +191,41 @@ def test_fewer_features_are_spread_over_the_densities(stage: tuple[Plan, Trainin
     assert all(f.neighbours == known[f.id].neighbours for f in few.features)
 
 
-def test_absorption_is_passed_on(stage: tuple[Plan, TrainingState]) -> None:
-    found = atlas(*stage, sequences=4, contexts=1, absorption={3: 0.25}).features
-    assert [f.id for f in found if f.absorption is not None] == [3]
+def next_is(tokens_ST: Tensor, token: int) -> list[tuple[int, int]]:
+    """(sequence, row of the codes) of every place before a token; the first position has no code."""
+    return [(s, t - 1) for s, t in (tokens_ST[:, 1:] == token).nonzero().tolist() if t > 0]
+
+
+def test_absorption_of_anchored_ones(
+    seen: Atlas, stage: tuple[Plan, TrainingState], codes: tuple[Tensor, Tensor]
+) -> None:
+    """Place by place, without the shortcuts."""
+    _, state = stage
+    tokens_ST, z_STF = codes
+    raw_FD = state.metric.raw_direction(state.sae.W_dec_FD.detach())
+    anchor = state.anchors["anchored"]
+    told = 0
+    for f, direction_D in zip(seen.features, normalize(anchor.directions_AD, dim=-1), strict=False):
+        assert f.anchored is not None
+        along_F = raw_FD @ direction_D
+        cosine_F = along_F / raw_FD.norm(dim=1)
+        counted = absorbed = 0
+        for s, t in next_is(tokens_ST, f.anchored.token):
+            put_F = z_STF[s, t] * along_F
+            if (total := float(put_F.sum())) <= 0:
+                continue
+            counted += 1
+            put_F[f.id] = -torch.inf
+            best = int(put_F.argmax())
+            absorbed += bool(z_STF[s, t, f.id] == 0 and put_F[best] >= 0.4 * total and cosine_F[best] >= 0.025)
+        if counted < 5 or counted > 250:
+            assert counted > 250 or f.absorption is None
+        else:
+            assert f.absorption == pytest.approx(absorbed / counted, abs=1e-6), f.id
+            told += 1
+    assert told >= 10
+    assert len({f.absorption for f in seen.features}) > 3
+    assert all(f.absorption is None for f in seen.features if f.anchored is None)
 
 
 def test_no_trace(stage: tuple[Plan, TrainingState], seen: Atlas) -> None:

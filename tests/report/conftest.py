@@ -67,7 +67,7 @@ def record(plan: Plan) -> RunRecord:
         "versions": {"torch": "2.13.0"},
         "evaluators": {
             "dictionary": {"l0": 6.5, "r2_raw": 0.81, "rows": 65536.0},
-            "downstream_loss": {"kl": 0.25, "kl.low": 0.2, "kl.high": 0.3125, "documents": 17.0},
+            "downstream_loss": {"kl": 0.25, "kl.ci_low": 0.2, "kl.ci_high": 0.3125, "documents": 17.0},
             "sparsity_frontier": {
                 "l0@0.5": 12.0,
                 "r2_raw@0.5": 0.7,
@@ -75,8 +75,8 @@ def record(plan: Plan) -> RunRecord:
                 "l0@1": 6.5,
                 "r2_raw@1": 0.81,
                 "ce@1": 2.75,
-                "ce@1.low": 2.7,
-                "ce@1.high": 2.8,
+                "ce@1.ci_low": 2.7,
+                "ce@1.ci_high": 2.8,
                 "l0@2": 2.0,
                 "r2_raw@2": 0.4,
                 "ce@2": 4.0,

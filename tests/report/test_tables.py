@@ -44,8 +44,8 @@ def test_a_frontier_is_points(record: RunRecord) -> None:
 
 
 def test_a_measure_that_is_called_low_is_a_measure(record: RunRecord) -> None:
-    told = evaluation(evolve(record, summary={"evaluators": {"x": {"share.low": 0.25, "l0@best": 3.0, "y": None}}}))
-    assert [row["name"] for row in told[0]["rows"]] == ["share.low", "l0@best", "y"]
+    told = evaluation(evolve(record, summary={"evaluators": {"x": {"share.ci_low": 0.25, "l0@best": 3.0, "y": None}}}))
+    assert [row["name"] for row in told[0]["rows"]] == ["share.ci_low", "l0@best", "y"]
     assert told[0]["rows"][2]["value"] is None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
-from spalf.engine.atlas import directions, usage
+from spalf.engine.atlas import anchoring, directions, usage
 from spalf.engine.atlas.firings import Firings, firings
 from spalf.engine.atlas.records import Anchored, Atlas, Feature
 from spalf.engine.evaluate import untouched
@@ -27,7 +27,6 @@ def atlas(
     features: int = 4096,
     sequences: int = 512,
     contexts: int = 8,
-    absorption: Mapping[int, float] | None = None,
 ) -> Atlas:
     """Records of at most `features` features, on `sequences` held-out contexts. Leaves `state` as it was.
 
@@ -39,8 +38,8 @@ def atlas(
         count_F = held.count_F()
         chosen_I = usage.spread(count_F, features)
         told = _usage(held, chosen_I, contexts) | _directions(plan, state, chosen_I)
-        tied = directions.anchors(state)
-        found = _features(state, chosen_I, count_F, told, tied, absorption or {})
+        tied, taken = anchoring.anchors(state), anchoring.absorption(held, state)
+        found = _features(state, chosen_I, count_F, told, tied, taken)
         text = _text(state, held, found)
     spans = state.sae.rows
     return Atlas(

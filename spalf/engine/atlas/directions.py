@@ -1,6 +1,6 @@
-"""What a dictionary's decoder rows say in model space: neighbours, tokens, anchors, planted directions.
+"""What a dictionary's decoder rows say in model space: neighbours, tokens, planted directions.
 
-Shapes: F features, I chosen features, D model width, V vocabulary, A anchored rows, P planted directions.
+Shapes: F features, I chosen features, D model width, V vocabulary, P planted directions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from spalf.core.state import TrainingState
 from spalf.core.values import White
-from spalf.engine.atlas.records import Anchored, Pairs
+from spalf.engine.atlas.records import Pairs
 
 BLOCK = 256
 
@@ -45,22 +45,6 @@ def through(from_ID: Tensor, unembedding_VD: Tensor, most: int) -> tuple[list[Pa
         up += _best(logit_IV, most)
         down += [tuple((v, -x) for v, x in pairs) for pairs in _best(-logit_IV, most)]
     return up, down
-
-
-def anchors(state: TrainingState) -> dict[int, Anchored]:
-    """By feature id, what each anchored row is tied to and how far it has moved."""
-    out: dict[int, Anchored] = {}
-    for name, anchor in state.anchors.items():
-        span = state.sae.rows[name]
-        now_AD = state.sae.W_dec_FD[span].detach()
-        start_AD = normalize(state.metric.white_direction(anchor.directions_AD), dim=-1)
-        moved_A = (now_AD - start_AD).norm(dim=-1)
-        raw_AD = normalize(state.metric.raw_direction(White(now_AD)), dim=-1)
-        cosine_A = (raw_AD * normalize(anchor.directions_AD, dim=-1)).sum(-1)
-        told = zip(anchor.ids_A.tolist(), moved_A.tolist(), cosine_A.tolist(), strict=True)
-        for i, (token, drift, cosine) in enumerate(told):
-            out[span.start + i] = Anchored(token=token, drift=drift, cosine=cosine)
-    return out
 
 
 def _best(score: Tensor, most: int) -> list[Pairs]:

@@ -44,11 +44,22 @@ class Firings:
         """Rows that fire each feature."""
         return torch.bincount(self.feature_N, minlength=self.width)
 
+    def by_row(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Entries sorted by row [N]; where each row's begin among them, and how many it has [R]."""
+        in_row_R = torch.bincount(self.row_N, minlength=self.rows)
+        return self.row_N.argsort(stable=True), in_row_R.cumsum(0) - in_row_R, in_row_R
+
     def of(self, feature: int) -> tuple[Tensor, Tensor]:
         """(rows, activations) of one feature, rows ascending."""
         ends = torch.searchsorted(self.feature_N, torch.tensor([feature, feature + 1]))
         part = slice(int(ends[0]), int(ends[1]))
         return self.row_N[part], self.value_N[part]
+
+
+def ranges(begin: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """All integers of the ranges [begin, begin + length), and the index of the range that each belongs to."""
+    which = torch.arange(len(begin)).repeat_interleave(length)
+    return begin[which] + torch.arange(len(which)) - (length.cumsum(0) - length)[which], which
 
 
 @torch.no_grad()

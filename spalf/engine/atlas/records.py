@@ -25,7 +25,7 @@ class Anchored:
 
 @frozen(kw_only=True)
 class Place:
-    """One context of a feature: sequence, position of the peak, and each position that fires with its activation.
+    """One context of a feature: sequence, position of the peak, and each position near it with its activation.
 
     `rank` is where the peak stands among all firings of the feature: 0 the strongest, 1 the weakest.
     """
@@ -45,7 +45,8 @@ class Feature:
     that the unit decoder row gives them through the centred unembedding, the model's final norm left out. neighbours:
     features with the cosine of the decoder rows in model space. partners: features that fire on the same rows, with
     the share of this feature's firings on which they do. planted: the nearest planted direction of a synthetic source
-    with its cosine. places: strongest contexts first, then some from the middle of its range.
+    with its cosine. absorption: of an anchored one, the share of the places before its token at which another feature
+    speaks for it. places: strongest contexts first, then some from the middle of its range.
     """
 
     id: int

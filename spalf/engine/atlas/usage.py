@@ -10,12 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spalf.engine.atlas.firings import Firings
+from spalf.engine.atlas.firings import Firings, ranges
 from spalf.engine.atlas.records import DECADES, Pairs, Place
 
 BARS = 24
 SAMPLE = 128
 """Firings of a feature that its partners are counted on, evenly spaced over the text."""
+REACH = 128
+"""Positions on either side of a peak that its context covers."""
 BLOCK = 256
 
 
@@ -77,13 +79,11 @@ def partners(held: Firings, chosen_I: Tensor, most: int, least: int = 3) -> list
     """
     count_F = held.count_F()
     begin_F = count_F.cumsum(0) - count_F
-    by_row_N = held.row_N.argsort(stable=True)
-    in_row_R = torch.bincount(held.row_N, minlength=held.rows)
-    first_R = in_row_R.cumsum(0) - in_row_R
+    by_row_N, first_R, in_row_R = held.by_row()
     out: list[Pairs] = []
     for few_I in torch.split(chosen_I, BLOCK):
         owner, rows = _sample(held, few_I, count_F, begin_F)
-        entry, which = _ranges(first_R[rows], in_row_R[rows])
+        entry, which = ranges(first_R[rows], in_row_R[rows])
         key = owner[which] * held.width + held.feature_N[by_row_N[entry]]
         together_IF = torch.bincount(key, minlength=len(few_I) * held.width).reshape(-1, held.width)
         sampled_I = count_F[few_I].clamp(max=SAMPLE)
@@ -106,12 +106,6 @@ def _sample(held: Firings, few_I: Tensor, count_F: Tensor, begin_F: Tensor) -> t
     step = torch.arange(len(owner)) - (n_I.cumsum(0) - n_I)[owner]
     entry = begin_F[few_I][owner] + step * count_F[few_I][owner] // n_I[owner]
     return owner, held.row_N[entry]
-
-
-def _ranges(begin: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """All integers of the ranges [begin, begin + length), and the index of the range that each belongs to."""
-    which = torch.arange(len(begin)).repeat_interleave(length)
-    return begin[which] + torch.arange(len(which)) - (length.cumsum(0) - length)[which], which
 
 
 def places(held: Firings, feature: int, strongest: int, between: int = 0) -> tuple[Place, ...]:
@@ -142,13 +136,15 @@ def _take(order: Sequence[int], sequence: Sequence[int], used: dict[int, int], m
 
 
 def _place(held: Firings, row_N: Tensor, value_N: Tensor, sequence: int, entry: int, order: list[int]) -> Place:
-    ends = torch.searchsorted(row_N, torch.tensor([sequence, sequence + 1]) * held.span)
-    part = slice(int(ends[0]), int(ends[1]))
+    peak = int(row_N[entry])
+    first, last = sequence * held.span, (sequence + 1) * held.span - 1
+    near = torch.tensor([max(first, peak - REACH), min(last, peak + REACH) + 1])
+    part = slice(*torch.searchsorted(row_N, near).tolist())
     positions = (row_N[part] % held.span + 1).tolist()
     stronger = int((value_N > value_N[entry]).sum())
     return Place(
         sequence=sequence,
-        position=int(row_N[entry]) % held.span + 1,
+        position=peak % held.span + 1,
         rank=stronger / max(1, len(order) - 1),
         activations=_pairs(positions, value_N[part].tolist()),
     )

@@ -30,11 +30,12 @@ function frontier(one, measure, title, lines) {
   svg.append(g("line", { class: "target", x1: x(RUN.l0_target), x2: x(RUN.l0_target), y1: top, y2: bottom }), g("text", { class: "target", x: x(RUN.l0_target) + 4, y: bottom - 6 }, "L0 target"));
   for (const l of lines) svg.append(g("line", { class: "target", x1: left, x2: right, y1: y(l.value), y2: y(l.value) }), g("text", { class: "target", x: left + 4, y: y(l.value) - 5 }, l.name));
   svg.append(g("path", { class: "curve", "--c": "var(--c0)", d: points.map((p, i) => (i ? "L" : "M") + x(p.x) + "," + y(p.y.value)).join("") }));
-  for (const p of points) {
+  for (const [i, p] of points.entries()) {
+    const falls = i + 1 < points.length && points[i + 1].y.value < p.y.value;
     if (p.y.low !== undefined) svg.append(g("line", { class: "whisker", x1: x(p.x), x2: x(p.x), y1: y(p.y.low), y2: y(p.y.high) }));
     svg.append(g("circle", { class: p.scale === 1 ? "point own" : "point", cx: x(p.x), cy: y(p.y.value), r: p.scale === 1 ? 6.5 : 4.5 },
       g("title", null, `L0 ${number(p.x)}, ${title} ${number(p.y.value)}, thresholds x ${number(p.scale)}`)),
-      g("text", { class: "tick", x: x(p.x) + 9, y: y(p.y.value) + 14 }, p.scale === 1 ? "as trained" : "\u00d7" + number(p.scale)));
+      g("text", { class: "tick", x: x(p.x) + 9, y: y(p.y.value) + (falls ? -8 : 15) }, p.scale === 1 ? "as trained" : "\u00d7" + number(p.scale)));
   }
   svg.append(g("text", { class: "axis", x: (left + right) / 2, y: height - 6, "text-anchor": "middle" }, "L0"));
   return h("figure", { class: "chart" }, h("figcaption", null, h("b", null, title), h("small", null, "against L0")), svg);

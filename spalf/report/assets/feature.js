@@ -59,10 +59,26 @@ function bars(title, hint, flat, entry, shown, largest) {
   }
   return h("section", { class: "panel" }, h("h3", null, title), h("p", { class: "hint" }, hint), h("ol", { class: "bars" }, items));
 }
-function featureLink(id) {
+/* Where to begin: the first few by what a feature can be remarkable for. */
+const HIGHLIGHTS = [
+  ["focus", "On one token", "share of its activation on its first token", (x) => percent(x, 2), 1],
+  ["likeness", "Nearest to another", "cosine of the two decoder rows", (x) => number(x, 3), 1],
+  ["drift", "Moved furthest", "from the anchor, whitened", (x) => number(x, 3)],
+  ["absorption", "Absorbed most", "share of its token's places", (x) => percent(x, 2), 1],
+  ["planted", "Closest to a planted one", "cosine", (x) => number(x, 3), 1],
+];
+function highlights() {
+  const A = ATLAS, often = A.id.map((_, i) => i).filter((i) => A.fired[i] >= 20);
+  return h("div", { class: "panels" }, HIGHLIGHTS.map(([sort, title, hint, shown, largest]) => {
+    const of = (i) => SORTS[sort].of(A, i);
+    const first = often.filter((i) => of(i) > 0).sort((a, b) => of(b) - of(a) || A.id[a] - A.id[b]).slice(0, 8);
+    return bars(title, hint, first.flatMap((i) => [A.id[i], of(i)]), (id) => featureLink(id, sort === "drift" || sort === "absorption"), shown, largest);
+  }));
+}
+function featureLink(id, byAnchor) {
   const i = PLACE.get(id);
   if (i === undefined) return h("span", { class: "number" }, String(id));
-  return h("a", { href: "#/features/" + id }, h("i", { class: "swatch dot", "--c": `var(--${strataColor(ATLAS.stratum[i])})` }), h("span", { class: "number" }, String(id)), " ", nameOf(i).slice(0, 2));
+  return h("a", { href: "#/features/" + id }, h("i", { class: "swatch dot", "--c": `var(--${strataColor(ATLAS.stratum[i])})` }), h("span", { class: "number" }, String(id)), " ", byAnchor ? chip(ATLAS.text[ATLAS.anchored[i][0]]) : nameOf(i).slice(0, 2));
 }
 function facts(i) {
   const A = ATLAS, out = [], add = (name, value, note) => out.push(h("div", null, h("dt", null, name), h("dd", null, value), note ? h("p", null, note) : null));
@@ -99,8 +115,8 @@ function drawFeature(id) {
         bars("Fires on", "share of its activation", A.tokens[i], token, (x) => percent(x, 2), 1),
         bars("Promotes", "logit through the unembedding", A.promoted[i], token, (x) => "+" + number(x, 3)),
         bars("Suppresses", "logit through the unembedding", A.suppressed[i], token, (x) => number(x, 3)),
-        bars("Nearest decoder rows", "cosine in model space", A.neighbours[i], featureLink, (x) => number(x, 3), 1),
-        bars("Fires together with", "share of its firings", A.partners[i], featureLink, (x) => percent(x, 2), 1))));
+        bars("Nearest decoder rows", "cosine in model space", A.neighbours[i], (id) => featureLink(id), (x) => number(x, 3), 1),
+        bars("Fires together with", "share of its firings", A.partners[i], (id) => featureLink(id), (x) => percent(x, 2), 1))));
   reveal();
   detail.scrollTop = 0;
   if (ui.focusDetail || matchMedia("(max-width: 760px)").matches) { detail.focus({ preventScroll: true }); scrollTo(0, 0); }

@@ -128,6 +128,8 @@ function reveal() {
 }
 function openFeature(i, focus) {
   ui.focusDetail = focus;
+  listState.at = i; // at once: the next key may come before the address has been followed
+  reveal();
   location.hash = "#/features/" + ATLAS.id[i];
 }
 function stepFeature(by) {
@@ -195,6 +197,6 @@ function featuresView() {
   const view = h("div", { class: "browser" }, h("aside", { class: "finder", "aria-label": "Find a feature" }, controls(), ui.empty, ui.box), h("div", { class: "reader" }, ui.detail));
   new ResizeObserver(() => drawRows()).observe(ui.box);
   refresh();
-  ui.overview = () => h("div", { class: "overview" }, less, densities(), h("p", { class: "lead" }, "Choose a feature, or search: / jumps to the search, the arrow keys walk the list, Enter goes to the feature."));
+  ui.overview = () => h("div", { class: "overview" }, less, densities(), highlights(), h("p", { class: "lead" }, "Choose a feature, or search: / jumps to the search, the arrow keys walk the list, Enter goes to the feature."));
   return view;
 }
