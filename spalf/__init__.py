@@ -51,8 +51,9 @@ if TYPE_CHECKING:
     from spalf.engine.evaluate import untouched
     from spalf.engine.step import Assessment, assess, conclude, look, switch_on, view_of
     from spalf.errors import CheckpointError, ComponentError, Problem, RecipeError, RunError, SourceError, SpalfError
+    from spalf.evaluation import compare, evaluate
     from spalf.hooks import hookimpl
-    from spalf.launch import compile_recipe, evaluate, export, harvest, load, resume, run
+    from spalf.launch import compile_recipe, export, harvest, load, resume, run
     from spalf.loaded import Codes, Loaded
     from spalf.parts.source.pairs import Pairs, read_pairs, write_pairs
     from spalf.reporting import features, write_report
@@ -71,8 +72,9 @@ _HOMES = {
     "spalf.engine.evaluate": "untouched",
     "spalf.engine.step": "Assessment assess conclude look switch_on view_of",
     "spalf.errors": "CheckpointError ComponentError Problem RecipeError RunError SourceError SpalfError",
+    "spalf.evaluation": "compare evaluate",
     "spalf.hooks": "hookimpl",
-    "spalf.launch": "compile_recipe evaluate export harvest load resume run",
+    "spalf.launch": "compile_recipe export harvest load resume run",
     "spalf.loaded": "Codes Loaded",
     "spalf.parts.source.pairs": "Pairs read_pairs write_pairs",
     "spalf.reporting": "features write_report",
@@ -123,6 +125,7 @@ __all__ = [
     "__version__",
     "activation",
     "assess",
+    "compare",
     "compile_recipe",
     "conclude",
     "constraint",

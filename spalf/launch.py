@@ -1,4 +1,4 @@
-"""What the command line does, as functions: compile, run, resume, load, evaluate, export, harvest."""
+"""What the command line does, as functions: compile, run, resume, load, export, harvest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from spalf.assembly.registry import Registry
 from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
 from spalf.engine import checkpoint
-from spalf.engine import evaluate as measuring
 from spalf.engine.build import build, unopened
 from spalf.engine.run import Run
 from spalf.errors import CheckpointError, Problem, RecipeError
@@ -34,7 +33,7 @@ TEXTS = 64
 
 WRITTEN = (
     *("checkpoints", "recipe.toml", "plan.json", "metrics.jsonl", "metrics.csv", "summary.json", "features.json"),
-    *("report.html", "atlas.json", "trackers"),
+    *("report.html", "atlas.json", "evaluation.json", "trackers"),
 )
 """What a run leaves in its directory."""
 
@@ -71,7 +70,7 @@ def run(
     manager, registry = plugins.load()
     plan = compiler.compile(toml.read(recipe, sets), registry)
     directory = Path(out) / plan.recipe.name
-    where = _device(device)
+    where = device_of(device)
     _refuse_existing(directory, force)
     text = _text(plan, registry)
     watching = [*_tracking(manager, plan, directory), *observers]
@@ -96,8 +95,8 @@ def resume(
     Raises CheckpointError where there is nothing to go on from, RecipeError where the budget is below what is done.
     """
     manager, _ = plugins.load()
-    at, plan, text = _plan_at(path, checkpoint, sets)
-    where = _device(device)
+    at, plan, text = plan_at(path, checkpoint, sets)
+    where = device_of(device)
     watching = [*_tracking(manager, plan, at.absolute().parent.parent), *observers]
     resumed = Run.resume(plan, at, device=where, hooks=manager.hook, recipe_text=text)
     return train(resumed, manager, watching, stop_at)
@@ -109,28 +108,10 @@ def load(path: str | Path, *, device: str = "auto", sequences: int = SEQUENCES) 
     What is measured of single features is measured on `sequences` held-out contexts. Raises CheckpointError where there
     is nothing to load, SourceError where its model or text cannot be read.
     """
-    at, plan, _ = _plan_at(path, None, ())
-    state = build(plan, _device(device))
+    at, plan, _ = plan_at(path, None, ())
+    state = build(plan, device_of(device))
     checkpoint.load(at, plan, state)
     return Loaded(plan=plan, state=state, sequences=sequences)
-
-
-def evaluate(
-    path: str | Path, *, only: Sequence[str] = (), sets: Sequence[str] = (), device: str = "auto"
-) -> dict[str, dict[str, float]]:
-    """Scalars by evaluator. Raises RecipeError for an `only` that the recipe does not declare."""
-    at, plan, _ = _plan_at(path, None, sets)
-    known = {"dictionary", *plan.recipe.evaluator}
-    unknown = [
-        Problem(f"--only {n}", "is not an evaluator of this recipe", f"has {', '.join(sorted(known))}")
-        for n in only
-        if n not in known
-    ]
-    if unknown:
-        raise RecipeError(unknown)
-    state = build(plan, _device(device))
-    checkpoint.load(at, plan, state)
-    return measuring.evaluate(plan, state, only)
 
 
 def export(path: str | Path, out: str | Path, *, dtype: str = "float32") -> Path:
@@ -146,7 +127,7 @@ def export(path: str | Path, out: str | Path, *, dtype: str = "float32") -> Path
 
 def closed(path: str | Path) -> tuple[Path, Plan, TrainingState]:
     """The checkpoint that `path` means, its plan and its state on the CPU, without its source: no model, no text."""
-    at, plan, _ = _plan_at(path, None, (), closed=True)
+    at, plan, _ = plan_at(path, None, (), closed=True)
     state = build(plan, torch.device("cpu"), unopened(plan.facts))
     checkpoint.load(at, plan, state)
     return at, plan, state
@@ -176,7 +157,7 @@ def harvest(
         return _harvest_pairs(plan, Path(out), Path(pairs), position, device)
     from spalf.parts.source.shards import write_shards
 
-    stream = plan.recipe.source.open(plan.recipe.seed, _device(device))
+    stream = plan.recipe.source.open(plan.recipe.seed, device_of(device))
     return write_shards(stream, Path(out), tokens or plan.recipe.budget.tokens, format=format)
 
 
@@ -189,7 +170,7 @@ def _harvest_pairs(plan: Plan, out: Path, pairs: Path, position: str, device: st
     texts = read_text_pairs(pairs)
     if out.exists():
         raise RecipeError([Problem(str(out), "exists already", "name another directory, or remove it")])
-    stream = plan.recipe.source.open(plan.recipe.seed, _device(device))
+    stream = plan.recipe.source.open(plan.recipe.seed, device_of(device))
     return write_pairs(out, harvest_pairs(stream, texts, position=position, sequences=TEXTS))
 
 
@@ -204,7 +185,7 @@ def _tracking(manager: Any, plan: Plan, directory: Path) -> list[Tracking]:
     return [Tracking(name, make(plan, directory)) for name, make in chosen.items()]
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     """Raises RecipeError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -218,7 +199,7 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _plan_at(path: str | Path, name: str | None, sets: Sequence[str], closed: bool = False) -> tuple[Path, Plan, str]:
+def plan_at(path: str | Path, name: str | None, sets: Sequence[str], closed: bool = False) -> tuple[Path, Plan, str]:
     """The checkpoint that `path` means, its plan with `sets` applied, and that plan's recipe as text.
 
     With `closed` the facts are the checkpoint's own, and the source is not asked for them.
@@ -269,4 +250,4 @@ def _remove_run(directory: Path) -> None:
             target.unlink()
 
 
-__all__ = ["Loaded", "Result", "compile_recipe", "evaluate", "export", "harvest", "load", "resume", "run"]
+__all__ = ["Loaded", "Result", "compile_recipe", "export", "harvest", "load", "resume", "run"]

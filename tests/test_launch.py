@@ -161,15 +161,15 @@ def test_a_device_that_is_not_there(
     with pytest.raises(RecipeError, match=f"--device: .*{said}"):
         launch.run(recipe, out=tmp_path, device=device)
     assert list(tmp_path.iterdir()) == []
-    assert launch._device("auto") == torch.device("cpu")
+    assert launch.device_of("auto") == torch.device("cpu")
 
 
 def test_a_device_s_number_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert launch._device("cuda:1") == torch.device("cuda:1")
+    assert launch.device_of("cuda:1") == torch.device("cuda:1")
     with pytest.raises(RecipeError, match=r"--device: 'cuda:2' is not available here \(there are 2 CUDA devices\)"):
-        launch._device("cuda:2")
+        launch.device_of("cuda:2")
 
 
 # ------------------------------------------------------------------------------------------------------------- endings
@@ -298,7 +298,7 @@ def test_a_missing_plugin_is_named_with_its_distribution(recipe: Path, tmp_path:
     meta["components"] |= {"dual.magic": "acme-duals 1.2", "term.odd": "acme-terms 0.1"}
     (at / "metadata.json").write_text(json.dumps(meta))
     said = r"needs dual\.magic from acme-duals 1\.2, term\.odd from acme-terms 0\.1 \(install what is missing\)"
-    for act in (launch.resume, launch.load, launch.evaluate):
+    for act in (launch.resume, launch.load):
         with pytest.raises(CheckpointError, match=said):
             act(directory, device="cpu")  # type: ignore[operator]
 
@@ -363,24 +363,6 @@ def test_load_gives_the_state(done: Path) -> None:
     assert torch.equal(loaded.state.sae.W_dec_FD, model["learner.model.W_dec_FD"])
     one = next((done / "checkpoints").glob("*fit*"))
     assert moved(snapshot(loaded.state), snapshot(launch.load(one, device="cpu").state)) == []
-
-
-def test_evaluate_repeats_the_summary(done: Path) -> None:
-    before = listing(done)
-    recorded = json.loads((done / "summary.json").read_text())["evaluators"]
-    assert launch.evaluate(done, device="cpu") == recorded
-    assert list(launch.evaluate(done, only=["dictionary"], device="cpu")) == ["dictionary"]
-    assert listing(done) == before
-
-
-def test_evaluate_with_another_evaluator(done: Path) -> None:
-    out = launch.evaluate(done, only=["truth"], sets=['evaluator.truth={ use = "ground_truth", rows = 2048 }'])
-    assert 0.3 < out["truth"]["mcc"] <= 1.0
-
-
-def test_an_evaluator_that_is_not_there(done: Path) -> None:
-    with pytest.raises(RecipeError, match=r"--only nonsense: is not an evaluator of this recipe \(has dictionary\)"):
-        launch.evaluate(done, only=["nonsense"], device="cpu")
 
 
 def test_export_reconstructs_raw_activations(done: Path, tmp_path: Path) -> None:

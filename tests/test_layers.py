@@ -37,6 +37,7 @@ def names(text: str) -> frozenset[str]:
 
 TENSORS = names("attrs attr torch")
 ENGINE = TENSORS | names("safetensors")
+VERBS = names("launch exchange reporting evaluation")
 UNITS = {
     "errors": Unit(layer=0, third_party=names("attrs attr")),
     "core": Unit(layer=1, third_party=TENSORS),
@@ -58,10 +59,13 @@ UNITS = {
     "loaded": Unit(layer=6, third_party=TENSORS, must_not=names("parts record plugins")),
     "testing": Unit(layer=7, third_party=ENGINE, lazy=names("pytest hypothesis"), also=names("__init__")),
     "launch": Unit(layer=7, third_party=ENGINE),
+    "evaluation": Unit(layer=7, third_party=TENSORS, also=names("launch")),
     "reporting": Unit(layer=7, third_party=names("attrs"), also=names("launch")),
     "exchange": Unit(layer=7, third_party=ENGINE, lazy=names("huggingface_hub"), also=names("launch")),
-    "cli": Unit(layer=7, third_party=ENGINE | names("typer rich"), also=names("__init__ launch exchange reporting")),
-    "__init__": Unit(layer=7, third_party=TENSORS, also=names("launch exchange reporting")),
+    "cli": Unit(
+        layer=7, third_party=ENGINE | names("typer rich"), also=names("__init__ launch exchange reporting evaluation")
+    ),
+    "__init__": Unit(layer=7, third_party=TENSORS, also=VERBS),
     "__main__": Unit(layer=7, third_party=frozenset(), also=names("cli __init__")),
 }
 # `@triton.jit` needs triton where a kernel is written. Such a module is itself lazy: imported inside functions only.

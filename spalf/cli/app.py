@@ -12,7 +12,7 @@ import typer
 from attrs import frozen
 
 import spalf
-from spalf.cli import catalogue, intervene, look
+from spalf.cli import catalogue, intervene, look, measure
 from spalf.cli.arguments import Device, Json, RecipeArg, RunArg, Sets, StateArg, StopAt
 from spalf.cli.group import Group
 from spalf.cli.terminal import console, note, show, write_json
@@ -167,31 +167,6 @@ def compile_(
         show(*plan_parts(launch.compile_recipe(recipe, sets)))
 
 
-@app.command("eval", epilog="Example: spalf eval runs/quickstart --only downstream_loss --json")
-def evaluate(
-    ctx: typer.Context,
-    checkpoint: StateArg,
-    only: Annotated[
-        list[str], typer.Option("--only", metavar="NAME", help="An evaluator; repeatable.", show_default=False)
-    ] = [],  # noqa: B006
-    sets: Sets = [],  # noqa: B006
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Measure a trained dictionary on text that training never saw."""
-    from spalf.launch import evaluate as measure
-
-    if not (ctx.obj.quiet or as_json):
-        note(f"measuring {checkpoint} ...")
-    scalars = measure(checkpoint, only=only, sets=sets, device=device)
-    if as_json:
-        write_json(scalars)
-    else:
-        from spalf.cli.render import scalar_table
-
-        show(scalar_table(scalars))
-
-
 @app.command(epilog="Example: spalf export runs/quickstart dictionaries/quickstart --dtype bfloat16")
 def export(
     ctx: typer.Context,
@@ -244,3 +219,4 @@ def _wrote(ctx: typer.Context, path: Path) -> None:
 
 intervene.add_to(app)
 look.add_to(app)
+measure.add_to(app)

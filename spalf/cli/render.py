@@ -164,17 +164,7 @@ def visible(token: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in token)
 
 
-# --------------------------------------------------------------------------------------------- eval, components
-def scalar_table(scalars: Mapping[str, Mapping[str, float]]) -> Table:
-    """Every evaluator's numbers."""
-    rows = [
-        (Text(name if i == 0 else "", style="bold"), key, number(value))
-        for name, values in scalars.items()
-        for i, (key, value) in enumerate(values.items())
-    ]
-    return plain_table(["evaluator", "measure", "value"], rows, right=(2,))
-
-
+# --------------------------------------------------------------------------------------------------- components
 def component_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Slot (said once), name, origin, first line of the docstring."""
     cells = []

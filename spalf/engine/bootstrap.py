@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor
 
 from spalf.core.values import Sequences
@@ -127,16 +127,19 @@ def intervals(samples: Samples, seed: int = 0) -> dict[str, tuple[float, float]]
 
 @frozen(kw_only=True)
 class Difference:
-    """b - a of one measure with its 95 % interval; `paired` where both saw the same units."""
+    """b - a of one measure with its 95 % interval.
+
+    `paired` where both saw the same units; `exceeds_noise` where the interval leaves 0 out.
+    """
 
     value: float
     low: float
     high: float
     paired: bool
+    exceeds_noise: bool = field(init=False)
 
-    @property
-    def exceeds_noise(self) -> bool:
-        """Whether the interval leaves 0 out."""
+    @exceeds_noise.default
+    def _leaves_zero_out(self) -> bool:
         return self.low > 0.0 or self.high < 0.0
 
 

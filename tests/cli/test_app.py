@@ -79,7 +79,6 @@ def test_progress_and_the_end_are_told_on_stderr(spalf: Spalf, calls: Calls) -> 
 def test_json_is_all_of_stdout(spalf: Spalf, calls: Calls, summary: dict[str, Any]) -> None:
     assert json.loads(spalf("run", "r.toml", "--json").stdout) == summary
     assert json.loads(spalf("resume", "runs/small", "--json").stdout) == summary
-    assert json.loads(spalf("eval", "runs/small", "--json").stdout)["downstream_loss"] == {"kl": 0.5}
 
 
 def test_quiet_says_nothing_and_watches_nothing(spalf: Spalf, calls: Calls) -> None:
@@ -108,17 +107,6 @@ def test_a_diverged_run_is_a_failure(spalf: Spalf, launch: Any, ended: Any) -> N
     assert "spalf: step 3 of phase fit: not finite: loss (lower knobs.lr)" in told.stderr
     launch.run = lambda *_, **__: ended(Path("runs/small"), outcome="diverged")
     assert spalf("run", "r.toml").exit_code == 1
-
-
-def test_eval_shows_each_number_under_its_evaluator(spalf: Spalf, calls: Calls) -> None:
-    told = spalf(*["eval", "runs/small", "--only", "a", "--only", "b", "--set", "kernel=torch", "--device", "cpu"])
-    assert calls == [
-        ("evaluate", (Path("runs/small"),), {"only": ["a", "b"], "sets": ["kernel=torch"], "device": "cpu"})
-    ]
-    rows = [line.split() for line in told.stdout.splitlines()]
-    assert ["dictionary", "l0", "31.96"] in rows
-    assert ["rows", "65", "536"] in rows
-    assert ["downstream_loss", "kl", "0.5"] in rows
 
 
 def test_export_and_harvest_say_what_they_wrote(spalf: Spalf, calls: Calls) -> None:

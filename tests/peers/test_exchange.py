@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spalf import launch
+from spalf import evaluation, launch
 from spalf.core.values import Raw
 from spalf.exchange import formats
 from spalf.exchange.saelens import VERSION
@@ -228,7 +228,7 @@ def test_there_and_back(name: str, form: str, exports: Path, runs: Path, shards:
 def test_an_imported_run_can_be_measured_and_exported(exports: Path, shards: Path, tmp_path: Path) -> None:
     sets: tuple[str, ...] = (f"source={{use='activations', path='{shards}'}}", "evaluator.downstream_loss=false")
     run = import_dictionary(exports / "saelens" / "topk", tmp_path / "run", format="saelens", sets=sets)
-    scalars: dict[str, Any] = launch.evaluate(run, only=["dictionary"], device="cpu")["dictionary"]
+    scalars: dict[str, Any] = evaluation.evaluate(run, suites=["dictionary"], device="cpu")["dictionary"]
     assert scalars["l0"] == pytest.approx(8.0, abs=1e-3)
     assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "plan.json", "recipe.toml"]
     out = export(run, tmp_path / "out", to="dictionary_learning")
