@@ -12,6 +12,7 @@ from spalf import launch, report
 from spalf.engine import checkpoint
 from spalf.engine.atlas import Atlas, atlas
 from spalf.errors import CheckpointError, Problem, RecipeError
+from spalf.evaluation import kept as kept_scores
 from spalf.record import write_whole
 
 FEATURES = 4096
@@ -75,7 +76,7 @@ def write_report(
         "run": report.headline(plan, record),
         "story": report.story(plan, record),
         "parameters": report.parameters(plan, _measured(at)),
-        "evaluation": report.evaluation(record),
+        "evaluation": report.evaluation(record, kept_scores(at)),
         "recipe": record.recipe,
     }
     text = report.page(plan.recipe.name, data, None if seen is None else report.pack(seen))

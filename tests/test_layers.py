@@ -37,7 +37,7 @@ def names(text: str) -> frozenset[str]:
 
 TENSORS = names("attrs attr torch")
 ENGINE = TENSORS | names("safetensors")
-VERBS = names("launch exchange reporting evaluation")
+VERBS = names("launch exchange reporting evaluation sweeping")
 UNITS = {
     "errors": Unit(layer=0, third_party=names("attrs attr")),
     "core": Unit(layer=1, third_party=TENSORS),
@@ -59,8 +59,9 @@ UNITS = {
     "loaded": Unit(layer=6, third_party=TENSORS, must_not=names("parts record plugins")),
     "testing": Unit(layer=7, third_party=ENGINE, lazy=names("pytest hypothesis"), also=names("__init__")),
     "launch": Unit(layer=7, third_party=ENGINE),
+    "sweeping": Unit(layer=7, third_party=names("attrs"), also=names("launch")),
     "evaluation": Unit(layer=7, third_party=TENSORS, also=names("launch")),
-    "reporting": Unit(layer=7, third_party=names("attrs"), also=names("launch")),
+    "reporting": Unit(layer=7, third_party=names("attrs"), also=names("launch evaluation")),
     "exchange": Unit(layer=7, third_party=ENGINE, lazy=names("huggingface_hub"), also=names("launch")),
     "cli": Unit(
         layer=7, third_party=ENGINE | names("typer rich"), also=names("__init__ launch exchange reporting evaluation")

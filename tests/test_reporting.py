@@ -72,6 +72,9 @@ def test_a_report_of_a_run(run: Path) -> None:
     settled = {row["path"]: row["value"] for row in data["parameters"]}
     assert all(settled[f"constraint.{name}.budget"] > 0 for name in ("faithfulness", "drift", "orthogonality"))
     assert [one["name"] for one in data["evaluation"]] == ["dictionary"]
+    spalf.evaluate(run, suites=["drift_fidelity"], device="cpu", keep=True)
+    data, atlas = inside(spalf.write_report(run, **FEW))
+    assert [one["name"] for one in data["evaluation"]] == ["dictionary", "drift_fidelity"]
     assert atlas is not None
     assert len(atlas["id"]) == 256
     assert len(atlas["sequences"]) == 16

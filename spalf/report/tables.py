@@ -33,14 +33,15 @@ def _settled(path: str, measured: Mapping[str, float]) -> float | None:
     return measured.get(path, measured.get(path.partition(".")[2]))
 
 
-def evaluation(record: RunRecord) -> list[dict[str, Any]]:
+def evaluation(record: RunRecord, later: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """Each evaluator with its documents and its measures: name, value, and low and high where it gives an interval.
+
+    `later` is what has been measured since the run ended; it takes the place of the summary's.
 
     The measures of a frontier, which come at several scales, are points of their own.
     """
-    scalars = record.summary.get("evaluators")
-    if not isinstance(scalars, Mapping):
-        return []
+    ended = record.summary.get("evaluators")
+    scalars = {**(ended if isinstance(ended, Mapping) else {}), **(later or {})}
     return [_evaluator(str(name), values) for name, values in scalars.items() if isinstance(values, Mapping)]
 
 

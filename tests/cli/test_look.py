@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from rich.console import Console
@@ -14,9 +14,10 @@ from typer.testing import Result
 
 from spalf import reporting
 from spalf.cli.features import bars, context_line, feature_parts, feature_table, shade
+from spalf.cli.look import Sort
 from spalf.engine.atlas import Anchored, Atlas, Feature, Place
 from spalf.errors import CheckpointError
-from spalf.report import words
+from spalf.report import SORTS, words
 
 Spalf = Callable[..., Result]
 
@@ -115,6 +116,10 @@ def test_what_is_sorted_by_is_shown(spalf: Spalf, asked: list[Any], sort: str, s
     head, *rows = spalf("features", "runs/x", "--sort", sort).stdout.splitlines()
     assert sort in head
     assert shown in next(row for row in rows if row.split()[0] == "3")
+
+
+def test_every_sort_is_offered() -> None:
+    assert get_args(Sort) == tuple(SORTS)
 
 
 def test_one_feature_in_full(spalf: Spalf, asked: list[Any]) -> None:

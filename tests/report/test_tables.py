@@ -35,6 +35,13 @@ def test_measures_and_intervals(record: RunRecord) -> None:
     assert told["downstream_loss"]["rows"] == [{"name": "kl", "value": 0.25, "low": 0.2, "high": 0.3125}]
 
 
+def test_what_was_measured_later_counts(record: RunRecord) -> None:
+    told = {one["name"]: one for one in evaluation(record, {"dictionary": {"l0": 7.0}, "geometry": {"coherence": 0.5}})}
+    assert told["dictionary"]["rows"] == [{"name": "l0", "value": 7}]
+    assert told["geometry"]["rows"] == [{"name": "coherence", "value": 0.5}]
+    assert "downstream_loss" in told
+
+
 def test_a_frontier_is_points(record: RunRecord) -> None:
     [one] = [one for one in evaluation(record) if "points" in one]
     assert one["rows"] == []
