@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from spalf.loaded import Codes, Loaded
     from spalf.parts.source.pairs import Pairs, read_pairs, write_pairs
     from spalf.reporting import features, write_report
+    from spalf.sweeping import sweep
 
 __version__ = "0.1.0"
 
@@ -73,6 +74,7 @@ _HOMES = {
     "spalf.engine.step": "Assessment assess conclude look switch_on view_of",
     "spalf.errors": "CheckpointError ComponentError Problem RecipeError RunError SourceError SpalfError",
     "spalf.evaluation": "compare evaluate",
+    "spalf.sweeping": "sweep",
     "spalf.hooks": "hookimpl",
     "spalf.launch": "compile_recipe export harvest load resume run",
     "spalf.loaded": "Codes Loaded",
@@ -153,6 +155,7 @@ __all__ = [
     "schedule",
     "source",
     "stratum",
+    "sweep",
     "switch_on",
     "term",
     "untouched",

@@ -12,7 +12,7 @@ import typer
 from attrs import frozen
 
 import spalf
-from spalf.cli import catalogue, intervene, look, measure
+from spalf.cli import catalogue, intervene, look, measure, sweep
 from spalf.cli.arguments import Device, Json, RecipeArg, RunArg, Sets, StateArg, StopAt
 from spalf.cli.group import Group
 from spalf.cli.terminal import console, note, show, write_json
@@ -220,3 +220,4 @@ def _wrote(ctx: typer.Context, path: Path) -> None:
 intervene.add_to(app)
 look.add_to(app)
 measure.add_to(app)
+sweep.add_to(app)

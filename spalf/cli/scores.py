@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from spalf.cli.numbers import MISSING, number
+from spalf.cli.numbers import MISSING, number, share
 from spalf.cli.render import plain_table
 
 if TYPE_CHECKING:
@@ -79,3 +79,19 @@ def _difference(first: float | None, value: float | None, apart: Any) -> Text:
     if apart is None:
         return Text(f"{text}  ", style="dim")
     return Text(f"{text} {MARK}", style="bold") if apart.exceeds_noise else Text(f"{text}  ")
+
+
+def sweep_parts(rows: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """A row per point: what it was set to, what it came to, and why it failed where it did."""
+    has_loss = any(row.get("ce_gap") is not None for row in rows)
+    heads = ["point", "L0", "R2, raw", *(["CE gap", "loss recovered"] if has_loss else []), "dead", "feasible"]
+    cells = []
+    for row in rows:
+        loss = [number(row.get("ce_gap")), share(row.get("loss_recovered"))] if has_loss else []
+        ended = "-" if row.get("feasible") is None else number(row["feasible"])
+        verdict = ended if row["outcome"] == "done" else row["outcome"]
+        dead = share(row.get("dead_fraction"))
+        cells.append([row["point"], number(row.get("l0")), number(row.get("r2_raw")), *loss, dead, verdict])
+    parts: list[RenderableType] = [plain_table(heads, cells, right=range(1, len(heads) - 1))]
+    notes = [(row["point"], note) for row in rows for note in row.get("notes") or ()]
+    return parts + [Text(f"\n{point}: {note}") for point, note in notes]

@@ -226,3 +226,6 @@ def _measure(totals: Totals) -> dict[str, Tensor]:
             key = "absorption_fraction" if name == "fraction" else f"absorption_{name}"
             out[key] = share_RL.nanmean(-1)
     return out
+
+
+EXAMPLES = {("evaluator", "feature_absorption"): {"sequences": 128, "probe_f1": 0.1}}
