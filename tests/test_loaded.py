@@ -126,6 +126,38 @@ def test_a_patch_that_returns_something_else_is_told_so(run: Loaded, fn: Any, gi
         run.patch(TEXT, fn)
 
 
+# ------------------------------------------------------------------------------------------------------- features
+def test_a_feature_in_full(run: Loaded, usual: int) -> None:
+    told = run.feature(usual)
+    row_N, value_N = run.firings.of(usual)
+    assert (told["id"], told["fired"]) == (usual, len(row_N))
+    assert told["mean"] == pytest.approx(float(value_N.mean()), rel=1e-4)
+    shown = repr(told).splitlines()
+    assert shown[0].startswith(f"feature {usual} ({told['stratum']}): {100 * told['density']:.3g} % of tokens, mean ")
+    assert shown[1].startswith(f"  fires on  {told['tokens'][0]['token']!r}")
+    best = told["contexts"][0]
+    peak = repr(best["tokens"][best["peak"]])[1:-1]
+    assert shown[3].split()[0] == f"{float(value_N.max()):.3g}"
+    assert f"[{peak}]" in shown[3]
+    assert len(shown) == 3 + min(4, len(told["contexts"]))
+
+
+def test_features_are_searched_and_sorted(run: Loaded) -> None:
+    every = run.features()
+    assert len(every) == 256
+    assert [f["fired"] for f in every] == sorted((f["fired"] for f in every), reverse=True)
+    assert {f["stratum"] for f in run.features(stratum="free")} == {"free"}
+    found = run.features("self", sort="id")
+    assert 0 < len(found) < 256
+    for one in found:
+        words = [w["token"] for w in (*one["tokens"], *one["promoted"], one.get("anchored", {"token": ""}))]
+        contexts = ["".join(c["tokens"]) for c in one["contexts"]]
+        assert any("self" in text.lower() for text in (*words, *contexts))
+    for name, value, said in (("sort", "size", '"size" is no order'), ("stratum", "loose", "'loose' is no stratum")):
+        with pytest.raises(RecipeError, match=said):
+            run.features(**{name: value})
+
+
 # ------------------------------------------------------------------------------------------------------- steering
 def test_a_unit_is_the_mean_activation_where_it_fires(run: Loaded, usual: int) -> None:
     with torch.no_grad():
@@ -195,7 +227,7 @@ def test_looking_and_changing_leave_the_state_as_it_was(run: Loaded, usual: int)
 @pytest.mark.parametrize("feature", [-1, 256])
 def test_a_feature_that_is_not_there(run: Loaded, feature: int) -> None:
     told = rf"feature: there is no {feature} \(0 to 255\)"
-    for call in (run.unit, run.direction, run.ablate, lambda f: run.steer(TEXT, feature=f, strength=1.0)):
+    for call in (run.unit, run.feature, run.direction, run.ablate, lambda f: run.steer(TEXT, feature=f, strength=1.0)):
         with pytest.raises(RecipeError, match=told):
             call(feature)  # type: ignore[operator]
 

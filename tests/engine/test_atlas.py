@@ -196,6 +196,19 @@ def next_is(tokens_ST: Tensor, token: int) -> list[tuple[int, int]]:
     return [(s, t - 1) for s, t in (tokens_ST[:, 1:] == token).nonzero().tolist() if t > 0]
 
 
+def test_named_features_of_what_was_looked_at(stage: tuple[Plan, TrainingState], seen: Atlas) -> None:
+    plan, state = stage
+    with untouched(state):
+        held = firings(plan, state, S)
+    few = atlas(plan, state, contexts=4, only=(9, 4), held=held)
+    for one, same in zip(few.features, (f for f in seen.features if f.id in (4, 9)), strict=True):
+        for name in ("id", "fired", "peak", "histogram", "tokens", "partners", "anchored", "places"):
+            assert getattr(one, name) == getattr(same, name), name
+        assert [i for i, _ in one.neighbours] == [i for i, _ in same.neighbours]
+        assert dict(one.promoted) == pytest.approx(dict(same.promoted), rel=1e-4)
+    assert (few.rows, few.silent, few.density) == (seen.rows, seen.silent, seen.density)
+
+
 def test_absorption_of_anchored_ones(
     seen: Atlas, stage: tuple[Plan, TrainingState], codes: tuple[Tensor, Tensor]
 ) -> None:

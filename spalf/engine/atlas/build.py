@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,16 +27,19 @@ def atlas(
     features: int = 4096,
     sequences: int = 512,
     contexts: int = 8,
+    only: Collection[int] = (),
+    held: Firings | None = None,
 ) -> Atlas:
     """Records of at most `features` features, on `sequences` held-out contexts. Leaves `state` as it was.
 
-    Of a wider dictionary they are spread evenly over the densities, silent ones included. A feature shows at most
-    `contexts` of its strongest contexts, and half as many from the rest of its range.
+    Of a wider dictionary they are spread evenly over the densities, silent ones included, unless `only` names them. A
+    feature shows at most `contexts` of its strongest contexts, and half as many from the rest of its range. `held` is
+    what has been looked at already.
     """
     with untouched(state):
-        held = firings(plan, state, sequences)
+        held = firings(plan, state, sequences) if held is None else held
         count_F = held.count_F()
-        chosen_I = usage.spread(count_F, features)
+        chosen_I = torch.tensor(sorted(only)) if only else usage.spread(count_F, features)
         told = _usage(held, chosen_I, contexts) | _directions(plan, state, chosen_I)
         tied, taken = anchoring.anchors(state), anchoring.absorption(held, state)
         found = _features(state, chosen_I, count_F, told, tied, taken)

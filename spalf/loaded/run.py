@@ -6,7 +6,7 @@ Shape letters as in spalf/core/values.py; P = T - 1 positions that predict a tok
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -17,106 +17,18 @@ from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
 from spalf.core.values import Raw
 from spalf.engine import intervene, language
-from spalf.engine.atlas import Firings, firings
+from spalf.engine.atlas import Atlas, Firings, atlas, firings
 from spalf.engine.evaluate import untouched
 from spalf.engine.intervene import Ablation
 from spalf.errors import Problem, RecipeError, SourceError
+from spalf.loaded.records import Codes, Patched, Steered, Told
+from spalf.report import SORTS, words
+from spalf.report import search as lookup
 
 SEQUENCES = 256
 """Held-out contexts that a feature's scale and effects are measured on, unless said otherwise."""
-ROWS = 65_536
-"""Held-out activations instead, where the source has no text."""
-
-
-@frozen(kw_only=True, eq=False, repr=False)
-class Codes:
-    """What fires on a text. Position 0 is the id that the text begins behind: it has no context and fires nothing.
-
-    `tokens` and `ids_T` are the text's, `x_TD` its raw activations at the hook, `z` a sparse [T, F] tensor of codes.
-    """
-
-    tokens: tuple[str, ...]
-    ids_T: Tensor
-    x_TD: Raw
-    z: Tensor
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, position: int) -> dict[int, float]:
-        """What fires at a position: activation by feature, strongest first."""
-        values_F = self.z[range(len(self))[position]].coalesce()
-        found = zip(values_F.indices()[0].tolist(), values_F.values().tolist(), strict=True)
-        return dict(sorted(found, key=lambda one: -abs(one[1])))
-
-    def __iter__(self) -> Iterator[dict[int, float]]:
-        return (self[t] for t in range(len(self)))
-
-    def dense(self) -> Tensor:
-        """All activations, [T, F]."""
-        return self.z.to_dense()
-
-    def of(self, feature: int) -> Tensor:
-        """One feature's activations along the text, [T]."""
-        return self.z.index_select(1, torch.tensor([feature], device=self.z.device)).to_dense()[:, 0]
-
-    def top(self, n: int = 5) -> list[tuple[str, dict[int, float]]]:
-        """Each token with its `n` strongest features."""
-        return [(token, dict(list(at.items())[:n])) for token, at in zip(self.tokens, self, strict=True)]
-
-    def __repr__(self) -> str:
-        lines = []
-        for token, at in self.top(4):
-            lines.append(f"{token!r:>16}  " + "  ".join(f"{f}: {value:.3g}" for f, value in at.items()))
-        return "\n".join(line.rstrip() for line in lines)
-
-
-@frozen(kw_only=True, eq=False, repr=False)
-class Patched:
-    """One text read twice: logits [T, V] of the model `before` and `after` a change."""
-
-    tokens: tuple[str, ...]
-    ids_T: Tensor
-    before_TV: Tensor
-    after_TV: Tensor
-
-    @property
-    def kl_T(self) -> Tensor:
-        """KL(before || after) of the next token at each position, nats."""
-        return language.kl(self.before_TV[None], self.after_TV[None])[0]
-
-    @property
-    def change_P(self) -> Tensor:
-        """What the change adds to the loss of predicting each token but the first, nats."""
-        return self._loss(self.after_TV) - self._loss(self.before_TV)
-
-    def _loss(self, logits_TV: Tensor) -> Tensor:
-        return language.cross_entropy(logits_TV[None], self.ids_T[None])[0]
-
-    def __repr__(self) -> str:
-        kl, change = (float(x.mean()) if len(x) else 0.0 for x in (self.kl_T, self.change_P))
-        return f"{len(self.tokens)} tokens: KL {kl:.4g} nats per position, loss {change:+.4g} nats per token"
-
-
-@frozen(kw_only=True)
-class Steered:
-    """Two continuations of a prompt, without and with a feature added at every position after the first.
-
-    `unit` is the feature's mean activation where it fires on held-out text; `strength` times that was added. `kl` is
-    KL(baseline || steered) of the first token that each continuation chooses, in nats.
-    """
-
-    prompt: str
-    feature: int
-    strength: float
-    unit: float
-    kl: float
-    baseline: str
-    steered: str
-
-    def __str__(self) -> str:
-        head = f"feature {self.feature}, strength {self.strength:g} x {self.unit:.3g}; KL {self.kl:.3g} nats"
-        return f"{head}\n--- baseline\n{self.prompt}{self.baseline}\n--- steered\n{self.prompt}{self.steered}"
+FEATURES = 4096
+"""Features of a dictionary that are looked through, spread over the densities of a wider one."""
 
 
 @frozen(kw_only=True, eq=False, repr=False)
@@ -143,7 +55,27 @@ class Loaded:
     def firings(self) -> Firings:
         """What fires where on held-out data; looked at once."""
         with untouched(self.state):
-            return firings(self.plan, self.state, self.sequences, ROWS)
+            return firings(self.plan, self.state, self.sequences)
+
+    @cached_property
+    def atlas(self) -> Atlas:
+        """All features, or 4096 spread over the densities of a wider dictionary: the records behind `features`."""
+        return atlas(self.plan, self.state, features=FEATURES, held=self.firings)
+
+    def features(self, search: str = "", *, stratum: str = "", sort: str = "density") -> list[Told]:
+        """Features that fire on, promote or show a text, most remarkable first.
+
+        Sorted by density, id, stratum, token, focus, peak, likeness, drift or absorption. Raises RecipeError for
+        another order and for a stratum that is not there.
+        """
+        if sort not in SORTS:
+            raise RecipeError([Problem("sort", f'"{sort}" is no order of features', f"one of {', '.join(SORTS)}")])
+        return [Told(words(self.atlas, one)) for one in lookup(self.atlas, search, stratum, sort)]
+
+    def feature(self, feature: int) -> Told:
+        """One feature in full. Raises RecipeError where there is none."""
+        seen = atlas(self.plan, self.state, only=(self._known(feature),), held=self.firings)
+        return Told(words(seen, seen.features[0]))
 
     def unit(self, feature: int) -> float:
         """A feature's mean activation where it fires on held-out data: what a strength of 1 means.
