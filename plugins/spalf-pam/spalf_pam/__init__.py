@@ -3,9 +3,11 @@
 Importing it loads neither torch nor the components: `spalf --help` lists its command.
 """
 
+from typing import Any
+
 from spalf import hookimpl
 
-__all__ = ["spalf_components"]
+__all__ = ["spalf_commands", "spalf_components"]
 
 
 @hookimpl
@@ -15,3 +17,11 @@ def spalf_components() -> list[type]:
     from spalf_pam.power import PowerDiagram
 
     return [Pam, PowerDiagram]
+
+
+@hookimpl
+def spalf_commands(app: Any) -> None:
+    """`spalf pam study`."""
+    from spalf_pam.commands import pam
+
+    app.add_typer(pam, name="pam")

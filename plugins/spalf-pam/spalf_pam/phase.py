@@ -27,7 +27,8 @@ from spalf import (
     phase,
     view_of,
 )
-from spalf_pam.solver import DENSE_LIMIT, Penalties, solve
+from spalf_pam import objective
+from spalf_pam.solver import DENSE_LIMIT, Penalties, majorant, solve
 from spalf_pam.sums import Sums, empty
 from spalf_pam.write import can_fold, write_
 
@@ -63,11 +64,12 @@ class Turn:
 class Pam:
     """PAM-SGD (arXiv 2505.11836): `encoder_steps` gradient steps of the encoder, then the best decoder for its codes.
 
-    Minimises  E + weight * (sum of `terms`),  E = mean ||x - x_hat||^2 / total variance, measured in `space`.
-    The encoder (rows, biases, thresholds) follows the optimizer on this plus  proximity * mean over features of
-    ||e - e_t||^2 + (b - b_t)^2,  e_t and b_t being the encoder after the last solve. The decoder (rows and bias
-    together) is the minimiser of E plus relative penalties: `ridge`, `damping` (towards the last decoder), and the same
-    for its bias; see `spalf_pam.solver`. It is never stale: the last step of the phase is a solve.
+    Minimises  E + l1 * L + weight * (sum of `terms`),  E = mean ||x - x_hat||^2 / V,  V the total variance,
+    L = mean sum_i z_i ||w_i|| / sqrt(V);  lengths are measured in `space`. The encoder (rows, biases, thresholds)
+    follows the optimizer on this plus  proximity * mean over features of ||e - e_t||^2 + (b - b_t)^2,  e_t, b_t those
+    after the last solve. The decoder (rows and bias together) is the minimiser of E, of a square above l1 * L
+    that touches it at the last decoder, and of relative penalties: `ridge`, `damping` (towards the last decoder), and
+    the same for its bias; see `spalf_pam.solver`. `terms` move the encoder alone. The last step is a solve.
 
     `accumulate`: "window" freezes the encoder for `rows` rows and forgets them at its next step; "decay" collects from
     every encoder step and forgets at a rate that holds the effective count at `rows`. `rows`: 0 for 10 F; fewer than
@@ -82,6 +84,7 @@ class Pam:
     objective: ClassVar[str] = "the squared error"
     """What is minimised besides `terms`, which may hence be empty."""
 
+    l1: float = field(default=0.0, validator=ge(0.0))
     terms: tuple[str, ...] = ()
     weight: float = field(default=1.0, validator=ge(0.0))
     space: str = field(default="raw", validator=in_(("raw", "white")))
@@ -126,6 +129,8 @@ class Pam:
 
     def _undone(self, plan: Plan) -> Iterator[Problem]:
         activator = plan.recipe.activation.build(1)
+        if self.l1 and activator.signed:
+            yield Problem("l1", "is the sum of codes, which this activation lets be negative", "set it to 0")
         if activator.pre_bias and activator.owns_bias:
             message = "cannot move b_dec under an activation that subtracts it and owns its biases"
             yield Problem("", message, "set activation.pre_bias = false")
@@ -157,7 +162,7 @@ class Pam:
         else:
             with torch.no_grad():
                 forward = look(state, batch.x_BD)
-                numbers = {"loss": self._error(state, forward)}
+                numbers = {"loss": objective.error(state, forward, self.space)}
         if turn.collect:
             self._collect(plan, state, forward)
         numbers |= self._numbers(state, forward)
@@ -193,33 +198,29 @@ class Pam:
     def _end(self, clock: Clock) -> int:
         return math.ceil(self.share * clock.total)
 
-    def _error(self, state: TrainingState, forward: Forward) -> Tensor:
-        """mean ||x - x_hat||^2 / total variance."""
-        error_BD: Tensor = forward.white_BD - forward.white_hat_BD
-        if self.space == "raw":
-            error_BD = state.metric.raw_direction(cast(Any, error_BD))
-        return error_BD.square().sum(-1).mean() / state.metric.variance(self.space)
-
     def _encode(self, plan: Plan, state: TrainingState, batch: Any) -> tuple[dict[str, Tensor], Forward]:
         own: PamState = state.phase
         sae, recipe = state.sae, plan.recipe
         with _encoder_alone(sae):
             forward = look(state, batch.x_BD, any(recipe.term[name].dense for name in self.terms))
             view = view_of(state, batch, forward)
-            objective = self._error(state, forward)
+            total = objective.error(state, forward, self.space)
             numbers = {}
+            if self.l1:
+                numbers["l1"] = objective.l1(state, forward.code, self.space)
+                total = total + self.l1 * numbers["l1"]
             for name in self.terms:
                 value = recipe.term[name].value(view)
                 if not value.requires_grad:
                     raise RunError(f'phase.pam.terms: "{name}" depends on no parameter of the encoder (take it out)')
                 numbers[f"term.{name}"] = sae.machine.mesh.sum(value) if recipe.term[name].partial else value
-                objective = objective + self.weight * numbers[f"term.{name}"]
+                total = total + self.weight * numbers[f"term.{name}"]
             if self.proximity:
-                objective = objective + self.proximity * _distance(own, sae)
-            state.learner.descend(objective, state.clock, self.rate)
+                total = total + self.proximity * objective.distance(sae, own.W_enc_FD, own.b_enc_F)
+            state.learner.descend(total, state.clock, self.rate)
         sae.activator.observe_(forward.code)
         state.phase = evolve(own, stale=True)
-        return {"loss": objective.detach(), **{k: v.detach() for k, v in numbers.items()}}, forward
+        return {"loss": total.detach(), **{k: v.detach() for k, v in numbers.items()}}, forward
 
     def _collect(self, plan: Plan, state: TrainingState, forward: Forward) -> None:
         own: PamState = state.phase
@@ -247,11 +248,14 @@ class Pam:
             bias_ridge=self.bias_ridge,
             bias_damping=self.bias_damping,
         )
-        found = solve(sums, before_FD, before_D, penalties, self.solver)
-        total = sums.count * state.metric.variance("white").double()
+        ridge_F = majorant(
+            sums, objective.lengths(state, self.space), self.l1 * float(objective.spread(state, self.space))
+        )
+        found = solve(sums, before_FD, before_D, penalties, self.solver, ridge_F)
+        whole = sums.count * state.metric.variance("white").double()
         numbers = {
-            "solve.error_before": sums.error(before_FD, before_D) / total,
-            "solve.error_after": sums.error(found.w_FD, found.b_D) / total,
+            "solve.error_before": sums.error(before_FD, before_D) / whole,
+            "solve.error_after": sums.error(found.w_FD, found.b_D) / whole,
             "solve.live": found.live_F.double().mean(),
             "solve.rows_per_feature": sums.count / sae.width,
         }
@@ -261,19 +265,13 @@ class Pam:
 
     @torch.no_grad()
     def _numbers(self, state: TrainingState, forward: Forward) -> dict[str, Tensor]:
-        return {f"r2_{self.space}": 1.0 - self._error(state, forward), "l0": forward.code.l0_B().mean()}
+        return {f"r2_{self.space}": 1.0 - objective.error(state, forward, self.space), "l0": forward.code.l0_B().mean()}
 
 
 def _anchored(own: PamState, sae: Autoencoder, solves: int) -> PamState:
     """The proximal term holds on to the encoder as it is now."""
     W_enc_FD, b_enc_F = sae.W_enc_FD.detach().clone(), sae.b_enc_F.detach().clone()
     return evolve(own, W_enc_FD=W_enc_FD, b_enc_F=b_enc_F, solves=solves)
-
-
-def _distance(own: PamState, sae: Autoencoder) -> Tensor:
-    """Mean over features of ||e - e_t||^2 + (b - b_t)^2."""
-    rows = (sae.W_enc_FD - own.W_enc_FD).square().sum()
-    return (rows + (sae.b_enc_F - own.b_enc_F).square().sum()) / sae.width
 
 
 @contextmanager

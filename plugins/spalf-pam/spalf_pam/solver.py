@@ -2,11 +2,14 @@
 
 Minimises over w [F, D] and b [D]
 
-    sum ||y - z w - b||^2 + a ||w||^2 + beta ||b||^2 + m ||w - w_t||^2 + n ||b - b_t||^2
+    sum ||y - z w - b||^2 + a ||w||^2 + sum_i r_i ||w_i||^2 + beta ||b||^2 + m ||w - w_t||^2 + n ||b - b_t||^2
 
 from `Sums`. With c the count and C = c + beta + n, eliminating b leaves
 
-    A w = H - s (t + n b_t)' / C + m w_t        A = G - s s' / C + (a + m) I        b = (t - w's + n b_t) / C
+    A w = H - s (t + n b_t)' / C + m w_t     A = G - s s' / C + diag(r) + (a + m) I     b = (t - w's + n b_t) / C
+
+A penalty 2 lambda sum_i s_i ||w_i|| (an L1 norm that no scaling of codes against rows can lower) is no square, but lies
+below one that touches it at w_t: r_i = lambda s_i / ||w_t,i||. So the solve never raises error plus penalty either.
 
 The error may be measured in any metric ||. S^(1/2)|| of the outputs, if the penalties on w and b are measured in the
 same one: S cancels. So one solve serves raw and whitened space.
@@ -61,7 +64,7 @@ class _System:
 
     sums: Sums
     live_F: Tensor
-    shift: Tensor
+    shift_F: Tensor
     total: Tensor
     right_FD: Tensor
 
@@ -70,10 +73,10 @@ class _System:
         on_F1 = self.live_F[:, None].to(v_FD.dtype)
         u_FD = v_FD * on_F1
         out_FD = self.sums.G_FF @ u_FD - torch.outer(self.sums.s_F, self.sums.s_F @ u_FD) / self.total
-        return torch.where(self.live_F[:, None], out_FD + self.shift * u_FD, v_FD)
+        return torch.where(self.live_F[:, None], out_FD + self.shift_F[:, None] * u_FD, v_FD)
 
     def diagonal_F(self) -> Tensor:
-        own_F = self.sums.G_FF.diagonal() - self.sums.s_F.square() / self.total + self.shift
+        own_F = self.sums.G_FF.diagonal() - self.sums.s_F.square() / self.total + self.shift_F
         return torch.where(self.live_F, own_F, 1.0)
 
     def dense(self) -> Tensor:
@@ -84,17 +87,25 @@ class _System:
         return A_FF
 
 
-def solve(sums: Sums, w_FD: Tensor, b_D: Tensor, penalties: Penalties, method: str = "auto") -> Decoder:
+def solve(
+    sums: Sums,
+    w_FD: Tensor,
+    b_D: Tensor,
+    penalties: Penalties,
+    method: str = "auto",
+    ridge_F: Tensor | None = None,
+) -> Decoder:
     """The minimiser, from the sums and the decoder (w_FD [F, D], b_D [D]) that proximal terms hold on to.
 
-    A dead feature keeps its row of `w_FD`. `method`: "cholesky", "cg" (conjugate gradients from `w_FD`, no second
-    F x F matrix), or "auto": the former up to 32,768 features. Raises RunError where nothing was summed, where the
-    system is singular (Cholesky), or where conjugate gradients do not converge.
+    `ridge_F` [F] are the r_i, in the unit of the sums. A dead feature keeps its row of `w_FD`. `method`: "cholesky",
+    "cg" (conjugate gradients from `w_FD`, no second F x F matrix), or "auto": the former up to 32,768 features. Raises
+    RunError where nothing was summed, where the system is singular (Cholesky), or where conjugate gradients do not
+    converge.
     """
     if float(sums.count) <= 0:
         raise RunError("pam: there are no codes to solve for a decoder from (collect rows before a solve)")
     w_t, b_t = w_FD.double(), b_D.double()
-    system = _system(sums, w_t, b_t, penalties)
+    system = _system(sums, w_t, b_t, penalties, torch.zeros_like(sums.s_F) if ridge_F is None else ridge_F)
     chosen = method if method != "auto" else ("cholesky" if w_FD.shape[0] <= DENSE_LIMIT else "cg")
     solved_FD = _cholesky(system) if chosen == "cholesky" else _cg(system, w_t)
     residual = (system.times(solved_FD) - system.right_FD).norm() / system.right_FD.norm().clamp(min=1e-300)
@@ -103,14 +114,14 @@ def solve(sums: Sums, w_FD: Tensor, b_D: Tensor, penalties: Penalties, method: s
     return Decoder(w_FD=solved_FD, b_D=b_new, live_F=system.live_F, residual=residual)
 
 
-def _system(sums: Sums, w_t: Tensor, b_t: Tensor, penalties: Penalties) -> _System:
+def _system(sums: Sums, w_t: Tensor, b_t: Tensor, penalties: Penalties, ridge_F: Tensor) -> _System:
     live_F, unit = sums.live_F(), sums.scale()
     a, m = penalties.ridge * unit, penalties.damping * unit
     n = penalties.bias_damping * sums.count
     total = sums.count * (1.0 + penalties.bias_ridge) + n
     right_FD = sums.H_FD - torch.outer(sums.s_F, (sums.t_D + n * b_t) / total) + m * w_t
     right_FD = torch.where(live_F[:, None], right_FD, w_t)
-    return _System(sums=sums, live_F=live_F, shift=a + m, total=total, right_FD=right_FD)
+    return _System(sums=sums, live_F=live_F, shift_F=ridge_F + a + m, total=total, right_FD=right_FD)
 
 
 def _cholesky(system: _System) -> Tensor:
@@ -131,6 +142,15 @@ def _cg(system: _System, start_FD: Tensor) -> Tensor:
             "(raise ridge, which bounds the condition of the system)"
         )
     return solved_FD
+
+
+def majorant(sums: Sums, length_F: Tensor, weight: float) -> Tensor:
+    """r_F of the penalty weight * sum_i s_i ||w_i||, s_i >= 0, at rows of length_F: weight s_i / (2 ||w_t,i||).
+
+    Lengths below 1e-6 of their mean count as that: r is finite, and such a row stays where it is, near zero.
+    """
+    length_F = length_F.double()
+    return weight * sums.s_F / (2 * length_F.clamp(min=1e-6 * float(length_F.mean()) + 1e-300))
 
 
 def conjugate_gradients(

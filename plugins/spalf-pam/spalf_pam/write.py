@@ -32,13 +32,27 @@ def can_fold(activator: Activator) -> bool:
     return held <= {LOG_THRESHOLD, BANDWIDTH} and (LOG_THRESHOLD in held or not bool(activator.threshold_F().any()))
 
 
+def balance(decoder_F: Tensor, encoder_F: Tensor, live_F: Tensor) -> tuple[Tensor, Tensor]:
+    """(c_F, length): codes scaled by c leave every decoder row `length` long, and encoder rows 1 long on average.
+
+    `decoder_F`, `encoder_F` are the lengths as they are; the average is geometric, over live features with both rows. A
+    feature without a decoder row has c = 1. The encoder's scale decides what one step of the optimizer does to it. Left
+    to itself it falls: a penalty on codes shrinks them, and every solve of the decoder makes up for that.
+    """
+    has_F = decoder_F > 0
+    counted_F = live_F & has_F & (encoder_F > 0)
+    both_F = (decoder_F * encoder_F)[counted_F if bool(counted_F.any()) else has_F]
+    length = both_F.log().mean().exp() if bool((both_F > 0).all() and len(both_F)) else decoder_F.new_ones(())
+    return torch.where(has_F, decoder_F / length, 1.0), length
+
+
 @torch.no_grad()
 def write_(learner: Learner, decoder: Decoder) -> Tensor:
     """Write a solution into `learner`'s autoencoder; returns c_F [F] float64, by which its codes are scaled henceforth.
 
-    Where `can_fold`, decoder rows become unit rows, the gain the geometric mean length of the rows, and encoder rows,
-    biases and thresholds are scaled by length / gain: z w is the same. Elsewhere (c = 1) the lengths stay in the rows,
-    over the gain as it was. Under an activator that subtracts the decoder's bias, b_enc takes up its change.
+    Where `can_fold`, decoder rows become unit rows, `balance` settles the gain, and encoder rows, biases and thresholds
+    take up the lengths: z w is the same. Elsewhere (c = 1) the lengths stay in the rows, over the gain as it was. Under
+    an activator that subtracts the decoder's bias, b_enc takes up its change.
     """
     sae = learner.sae
     if sae.activator.pre_bias:
@@ -52,11 +66,8 @@ def write_(learner: Learner, decoder: Decoder) -> Tensor:
     if not can_fold(sae.activator):
         learner.assign("W_dec_FD", total_FD / gain)
         return torch.ones_like(length_F)
-    has_length_F = length_F > 0
-    live_F = decoder.live_F & has_length_F
-    new_gain = length_F[live_F].log().mean().exp() if bool(live_F.any()) else gain
-    c_F = torch.where(has_length_F, length_F / new_gain, 1.0)
-    learner.assign("W_dec_FD", total_FD / torch.where(has_length_F, length_F, 1.0)[:, None])
+    c_F, new_gain = balance(length_F, sae.W_enc_FD.double().norm(dim=1), decoder.live_F)
+    learner.assign("W_dec_FD", total_FD / torch.where(length_F > 0, length_F, 1.0)[:, None])
     learner.assign("log_gain", new_gain.log())
     _scale_encoder(learner, c_F)
     return c_F

@@ -22,7 +22,7 @@ from spalf.testing import conform, started, toy_plan
 
 KINDS = {
     "jumprelu": {"phase.pam.terms": '["l0"]'},
-    "relu": {"activation": '{ use = "relu" }', "phase.pam.terms": '["l1"]', "term.l1": "{}"},
+    "relu": {"activation": '{ use = "relu" }', "phase.pam.l1": "0.1"},
     "topk": {"activation": '{ use = "topk" }', "stratum.free.unit_norm": "false"},
     "topk_pre_bias": {"activation": '{ use = "topk", pre_bias = true }', "stratum.free.unit_norm": "false"},
     "batch_topk": {"activation": '{ use = "batch_topk" }', "stratum.free.unit_norm": "false"},
@@ -38,8 +38,8 @@ def test_conforms(check: Any) -> None:
 
 def plan_of(kind: str = "jumprelu", **options: str) -> Plan:
     """100 steps of 128 rows, F = 64: a solve every four steps unless `options` say otherwise."""
-    given_ = {"encoder_steps": "2", "rows": "256", "weight": "0.05", "use": '"pam"', **options}
-    sets = {"phases": '["calibrate", "pam"]', "constraint": "{}", **KINDS[kind]}
+    sets = {"phases": '["calibrate", "pam"]', "constraint": "{}", "phase.pam.use": '"pam"', **KINDS[kind]}
+    given_ = {"encoder_steps": "2", "rows": "256", "weight": "0.05", **options}
     sets |= {f"phase.pam.{key}": value for key, value in given_.items()}
     return toy_plan(**{key.replace(".", "__"): value for key, value in sets.items()})
 
@@ -104,7 +104,7 @@ def test_a_share_of_the_budget() -> None:
 @each_kind
 def test_the_decoder_solves_for_the_codes_that_it_gets(kind: str) -> None:
     """Normal equations of the collected rows, with codes of the autoencoder as it is after the solve and the fold."""
-    plan = plan_of(kind, ridge="0.0", rows="1024")
+    plan = plan_of(kind, ridge="0.0", rows="1024", l1="0.0")
     state = started(plan, 0)
     rows = recorded(state)
     while "solve.live" not in step(plan, state).values:
@@ -121,7 +121,7 @@ def test_the_decoder_solves_for_the_codes_that_it_gets(kind: str) -> None:
 
 @each_kind
 def test_no_solve_raises_the_error_of_its_rows(kind: str) -> None:
-    plan = plan_of(kind, ridge="0.0", rows="512")
+    plan = plan_of(kind, ridge="0.0", rows="512", l1="0.0")
     state = started(plan, 0)
     solves = [r.values for r in (step(plan, state) for _ in range(100)) if "solve.live" in r.values]
     assert len(solves) == 16  # 100 steps, 6 a turn
@@ -144,6 +144,45 @@ def test_the_sums_follow_the_fold(kind: str) -> None:
     error = (white_ND - state.sae.decode(state.sae.encode(white_ND))).square().sum()
     w_FD = state.sae.log_gain.exp() * state.sae.W_dec_FD
     torch.testing.assert_close(state.phase.sums.error(w_FD, state.sae.b_dec_D).float(), error, rtol=1e-4, atol=1e-3)
+
+
+def test_the_encoder_keeps_its_scale_under_a_penalty_that_shrinks_codes() -> None:
+    """The penalty shrinks codes and the solve makes up for it: without a balance the encoder would run to zero."""
+    state = started(plan_of("relu", l1="0.5", ridge="0.0"), 100)
+    assert state.phase.solves == 25
+    assert abs(float(state.sae.W_enc_FD.detach().norm(dim=1).log().mean())) < 1e-5
+
+
+@pytest.mark.parametrize("space", ["raw", "white"])
+def test_a_solve_counts_the_penalty_on_codes(space: str) -> None:
+    """Error plus penalty of the window's rows, measured from the outside, falls at a solve."""
+    plan = plan_of("relu", l1="0.3", ridge="0.0", rows="1024", space=f'"{space}"')
+    state = started(plan, 0)
+    rows = recorded(state)
+    phase: Any = plan.recipe.phase["pam"]
+
+    @torch.no_grad()
+    def objective() -> float:
+        x_ND = torch.cat(rows[-8:])
+        white_ND = state.metric.white(x_ND)  # type: ignore[arg-type]
+        code = state.sae.encode(white_ND)
+        error_ND, w_FD = white_ND - state.sae.decode(code), state.sae.log_gain.exp() * state.sae.W_dec_FD
+        if space == "raw":
+            error_ND, w_FD = state.metric.raw_direction(error_ND), state.metric.raw_direction(w_FD)  # type: ignore
+        variance = state.metric.variance(space)
+        penalty = (code.dense() @ w_FD.norm(dim=1)).mean() / variance.sqrt()
+        return float(error_ND.square().sum(1).mean() / variance + 0.3 * penalty)
+
+    for _ in range(5):
+        while not phase.turn(plan, state.clock).solve:
+            step(plan, state)
+        before = {name: value.clone() for name, value in state.sae.state_dict().items()}
+        step(plan, state)
+        after = {name: value.clone() for name, value in state.sae.state_dict().items()}
+        solved = objective()
+        state.sae.load_state_dict(before)
+        assert solved < objective()
+        state.sae.load_state_dict(after)
 
 
 def test_conjugate_gradients_take_the_same_way() -> None:
@@ -196,7 +235,7 @@ def test_writing_changes_no_reconstruction_but_by_the_decoder(kind: str) -> None
     assert can_fold(sae.activator) == (kind in EXACT)
     if kind in EXACT:
         torch.testing.assert_close(sae.W_dec_FD.norm(dim=1), torch.ones(64))
-        assert float(c_F.log().mean().abs()) < 1e-6
+        assert abs(float(sae.W_enc_FD.detach().norm(dim=1).log().mean())) < 1e-5
     else:
         assert bool((c_F == 1).all())
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spalf_pam.solver import Decoder, Penalties, conjugate_gradients, solve
+from spalf_pam.solver import Decoder, Penalties, conjugate_gradients, majorant, solve
 from spalf_pam.sums import Sums, empty
 from torch import Tensor
 
@@ -134,6 +134,30 @@ def test_no_step_of_the_decoder_raises_its_objective() -> None:
     assert all(after < before for before, after in pairwise(errors))
     least = solve(sums, w_FD, b_D, Penalties(ridge=0.0))
     assert errors[-1] - float(sums.error(least.w_FD, least.b_D)) < 0.01 * errors[0]
+
+
+@pytest.mark.parametrize("method", ["cholesky", "cg"])
+def test_a_penalty_on_lengths_is_minimised_by_repeated_solves(method: str) -> None:
+    """Error + weight * sum_i s_i ||w_i|| never rises, and ends where its gradient is 0; a strong one empties rows."""
+    z_NF, noise_ND = rows(n=200)
+    y_ND = z_NF[:, : F // 2] @ draw(5, F // 2, D) + 0.1 * noise_ND
+    sums, weight = summed(z_NF, y_ND), 0.2
+    w_FD, b_D = solve(sums, torch.zeros(F, D), torch.zeros(D), Penalties(ridge=0.0)).w_FD, y_ND.mean(0)
+
+    def objective() -> float:
+        return float(sums.error(w_FD, b_D) + weight * sums.s_F @ w_FD.norm(dim=1))
+
+    values = [objective()]
+    for _ in range(200):
+        found = solve(sums, w_FD, b_D, Penalties(ridge=0.0), method, majorant(sums, w_FD.norm(dim=1), weight))
+        w_FD, b_D = found.w_FD, found.b_D
+        values.append(objective())
+    assert all(after <= before + 1e-9 * values[0] for before, after in pairwise(values))
+    length_F = w_FD.norm(dim=1)
+    full_F = length_F > 1e-2
+    assert 0 < int(full_F.sum()) < F
+    gradient_FD = -2 * z_NF.T @ (y_ND - z_NF @ w_FD - b_D) + weight * sums.s_F[:, None] * w_FD / length_F[:, None]
+    assert float(gradient_FD[full_F].abs().max()) < 1e-2 * weight * float(sums.s_F.mean())
 
 
 @pytest.mark.parametrize("method", ["cholesky", "cg"])
