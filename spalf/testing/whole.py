@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -136,10 +137,16 @@ def checks(cls: type, component: Any) -> list[Check]:
 
 # ---------------------------------------------------------------------------------------------------- phases
 def _with_phase(component: Any) -> Plan:
-    """The toy plan with `component` as its second phase; `calibrate`, which must come first, as its only one."""
-    plan = toy_plan()
+    """The toy plan with `component` as its second phase; `calibrate`, which must come first, as its only one.
+
+    A phase that asks for another recipe around it says so in its module's PLANS: by (slot, use), settings of `toy_plan`.
+    """
+    ref = label(type(component))
+    around = getattr(sys.modules.get(type(component).__module__), "PLANS", {}).get((ref.slot, ref.use), {})
+    plan = toy_plan(**around)
     name = "calibrate" if isinstance(component, Calibrate) else "fit"
-    phases = {**plan.recipe.phase, name: component}
+    settled = component.settle(plan) if hasattr(component, "settle") else component
+    phases = {**plan.recipe.phase, name: settled}
     order = plan.recipe.phases[: plan.recipe.phases.index(name) + 1]
     return evolve(plan, recipe=evolve(plan.recipe, phase=phases, phases=order))
 
