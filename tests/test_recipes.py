@@ -56,7 +56,8 @@ def test_a_recipe_compiles(path: Path, registry: Registry) -> None:
     assert plan.recipe.name == path.stem
     assert sum(plan.rows.values()) == plan.knobs.F
     assert plan.total_steps > 0
-    assert plan.terms
+    own = [getattr(plan.recipe.phase[name], "objective", "") for name in plan.recipe.phases]
+    assert plan.terms or any(own)
     assert plan.recipe.phases[0] == "calibrate"
 
 
