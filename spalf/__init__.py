@@ -50,10 +50,20 @@ if TYPE_CHECKING:
     )
     from spalf.engine.evaluate import untouched
     from spalf.engine.step import Assessment, assess, conclude, look, switch_on, view_of
-    from spalf.errors import CheckpointError, ComponentError, Problem, RecipeError, RunError, SourceError, SpalfError
+    from spalf.errors import (
+        CheckpointError,
+        ComponentError,
+        ExchangeError,
+        Problem,
+        RecipeError,
+        RunError,
+        SourceError,
+        SpalfError,
+    )
     from spalf.evaluation import compare, evaluate
+    from spalf.exchange.verbs import export, import_dictionary
     from spalf.hooks import hookimpl
-    from spalf.launch import compile_recipe, export, harvest, load, resume, run
+    from spalf.launch import compile_recipe, harvest, load, resume, run
     from spalf.loaded import Codes, Loaded
     from spalf.parts.source.pairs import Pairs, read_pairs, write_pairs
     from spalf.reporting import features, write_report
@@ -72,11 +82,12 @@ _HOMES = {
     "spalf.core.values": ("Batch Clock Code Facts Forward Machine Raw Reading Sequences Signal View Violations White"),
     "spalf.engine.evaluate": "untouched",
     "spalf.engine.step": "Assessment assess conclude look switch_on view_of",
-    "spalf.errors": "CheckpointError ComponentError Problem RecipeError RunError SourceError SpalfError",
+    "spalf.errors": "CheckpointError ComponentError ExchangeError Problem RecipeError RunError SourceError SpalfError",
+    "spalf.exchange.verbs": "export import_dictionary",
     "spalf.evaluation": "compare evaluate",
     "spalf.sweeping": "sweep",
     "spalf.hooks": "hookimpl",
-    "spalf.launch": "compile_recipe export harvest load resume run",
+    "spalf.launch": "compile_recipe harvest load resume run",
     "spalf.loaded": "Codes Loaded",
     "spalf.parts.source.pairs": "Pairs read_pairs write_pairs",
     "spalf.reporting": "features write_report",
@@ -98,6 +109,7 @@ __all__ = [
     "ComponentRef",
     "ControlState",
     "Derived",
+    "ExchangeError",
     "Facts",
     "Forward",
     "Knobs",
@@ -142,6 +154,7 @@ __all__ = [
     "gate",
     "harvest",
     "hookimpl",
+    "import_dictionary",
     "kernel",
     "lagrangian",
     "load",

@@ -12,8 +12,8 @@ import typer
 from attrs import frozen
 
 import spalf
-from spalf.cli import catalogue, intervene, look, measure, sweep
-from spalf.cli.arguments import Device, Json, RecipeArg, RunArg, Sets, StateArg, StopAt
+from spalf.cli import catalogue, exchange, intervene, look, measure, sweep
+from spalf.cli.arguments import Device, Json, RecipeArg, RunArg, Sets, StopAt
 from spalf.cli.group import Group
 from spalf.cli.terminal import console, note, show, write_json
 
@@ -167,21 +167,6 @@ def compile_(
         show(*plan_parts(launch.compile_recipe(recipe, sets)))
 
 
-@app.command(epilog="Example: spalf export runs/quickstart dictionaries/quickstart --dtype bfloat16")
-def export(
-    ctx: typer.Context,
-    checkpoint: StateArg,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write.", show_default=False)],
-    dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option("--dtype", help="Of the written tensors.")
-    ] = "float32",
-) -> None:
-    """Write a dictionary that takes and gives raw activations: the whitening is folded in."""
-    from spalf.launch import export as write
-
-    _wrote(ctx, write(checkpoint, out, dtype=dtype))
-
-
 @app.command(epilog="Example: spalf harvest recipes/quickstart.toml shards --tokens 1000000 --format npy")
 def harvest(
     ctx: typer.Context,
@@ -217,6 +202,7 @@ def _wrote(ctx: typer.Context, path: Path) -> None:
         note(f"wrote {path}")
 
 
+exchange.add_to(app)
 intervene.add_to(app)
 look.add_to(app)
 measure.add_to(app)

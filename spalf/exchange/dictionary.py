@@ -115,19 +115,20 @@ class Dictionary:
         return evolve(self, centred=centred, b_enc_F=b_enc_F, b_gate_F=b_gate_F + shift_F)
 
     def rounded(self, dtype: torch.dtype) -> Dictionary:
-        """The same with numbers that `dtype` holds, and biases that take up what rounding the encoder does to b_dec.
+        """The same with matrices that `dtype` holds and vectors that float32 does.
 
-        b_dec is near the mean of the activations: what rounding adds then acts on x - b_dec, not on x.
+        Biases take up what rounding the encoder does to b_dec, which is near the mean of the activations: what rounding
+        adds then acts on x - b_dec, not on x.
         """
-        near = {name: tensor.to(dtype).double() for name, tensor in self.tensors().items()}
+        near = {name: tensor.to(_kept_as(name, dtype)).double() for name, tensor in self.tensors().items()}
         lost_F = torch.zeros_like(self.b_enc_F)
         if not self.centred:
             lost_F = self.W_enc_FD @ self.b_dec_D - near["W_enc_FD"] @ near["b_dec_D"]
         if self.activation == "gated":
             b_gate_F, r_mag_F = self.gate()
-            near["b_gate_F"] = (b_gate_F + lost_F).to(dtype).double()
+            near["b_gate_F"] = (b_gate_F + lost_F).float().double()
             lost_F = r_mag_F.exp() * lost_F
-        near["b_enc_F"] = (self.b_enc_F + lost_F).to(dtype).double()
+        near["b_enc_F"] = (self.b_enc_F + lost_F).float().double()
         changes: dict[str, Any] = dict(near)
         return evolve(self, **changes)
 
@@ -139,6 +140,11 @@ class Dictionary:
                 f"{n} of {self.width} thresholds are negative, and {library} rectifies before it compares "
                 "(export it as safetensors)"
             )
+
+
+def _kept_as(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Of a field in a file: half of a matrix is worth having, half of a vector is not."""
+    return dtype if name.endswith("_FD") else torch.promote_types(dtype, torch.float32)
 
 
 def of_state(plan: Plan, state: TrainingState, about: About) -> Dictionary:

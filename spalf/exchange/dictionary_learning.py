@@ -59,7 +59,8 @@ def write(dictionary: Dictionary, directory: Path, dtype: torch.dtype) -> Path:
     plain = dictionary.recentred(kind not in NOT_CENTRED).rounded(dtype)
     own = plain.tensors()
     held = {theirs: own[ours].T if theirs in TURNED else own[ours] for theirs, ours in TENSORS[kind].items()}
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in held.items()}
+    tensors = {name: tensor.to(dtype if tensor.ndim == 2 else torch.float32) for name, tensor in held.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if kind == "AutoEncoderTopK":
         # Its loader is strict. A negative threshold means that none has been measured, and encode uses k.
         tensors |= {"k": torch.tensor(plain.k, dtype=torch.int), "threshold": torch.tensor(-1.0)}

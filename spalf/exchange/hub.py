@@ -53,17 +53,20 @@ def push(directory: Path, upload: Upload, card: str, *, private: bool = False) -
 
     Raises ExchangeError where the hub cannot be reached or says no.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     publish(directory, {"README.md": text_file(card)})
     api = HfApi()
     files = sorted(path for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
+    places = {p: p.name if p.name == "README.md" else f"{upload.folder}/{p.name}" for p in files}
     try:
         api.create_repo(upload.repo, exist_ok=True, private=private)
-        for path in files:
-            place = path.name if path.name == "README.md" else f"{upload.folder}/{path.name}"
-            api.upload_file(path_or_fileobj=path, path_in_repo=place, repo_id=upload.repo)
+        api.create_commit(
+            upload.repo,
+            operations=[CommitOperationAdd(path_in_repo=place, path_or_fileobj=p) for p, place in places.items()],
+            commit_message=f"Upload {upload.folder}",
+        )
     except OfflineModeIsEnabled as e:
         raise ExchangeError(f"--push {upload.repo}: the hub is switched off (unset HF_HUB_OFFLINE)") from e
     except Exception as e:  # which HTTP library the client has, and hence what it raises, differs between versions

@@ -39,22 +39,23 @@ def write(dictionary: Dictionary, directory: Path, dtype: torch.dtype) -> Path:
     if plain.activation == "jumprelu":
         assert plain.threshold_F is not None
         held["threshold"] = plain.threshold_F
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in held.items()}
-    config = json.dumps(_config(plain, dtype), indent=1) + "\n"
+    tensors = {name: tensor.to(dtype if tensor.ndim == 2 else torch.float32) for name, tensor in held.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    config = json.dumps(_config(plain), indent=1) + "\n"
     return publish(
         directory,
         {"sae_weights.safetensors": lambda path: save_file(tensors, path), "cfg.json": text_file(config)},
     )
 
 
-def _config(plain: Dictionary, dtype: torch.dtype) -> dict[str, Any]:
+def _config(plain: Dictionary) -> dict[str, Any]:
     about = plain.about
     selecting = {"k": plain.k, "rescale_acts_by_decoder_norm": False} if plain.activation == "topk" else {}
     return {
         "architecture": ARCHITECTURES[plain.activation],
         "d_in": plain.d_model,
         "d_sae": plain.width,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": "float32",  # to compute in, which its biases need where the matrices are kept in less
         "device": "cpu",
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
