@@ -94,4 +94,5 @@ def random_steps(steps_CD: Tensor, seed: int) -> Tensor:
     """Steps of the same lengths in random directions: what pushing alone does."""
     draw = torch.Generator().manual_seed(seed)
     unit_CD = normalize(torch.randn(steps_CD.shape, generator=draw), dim=1)
-    return unit_CD * steps_CD.norm(dim=1, keepdim=True)
+    length_C1: Tensor = torch.linalg.vector_norm(steps_CD, dim=1, keepdim=True)
+    return unit_CD * length_C1
