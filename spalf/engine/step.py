@@ -9,8 +9,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from spalf.core.built import Autoencoder
 from spalf.core import tree
+from spalf.core.built import Autoencoder
 from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
 from spalf.core.values import Batch, Forward, Raw, Reading, Signal, View, Violations, White
@@ -253,12 +253,12 @@ def _reading(
 
 
 def _spread(state: TrainingState) -> dict[str, Tensor]:
-    """Quantiles over features of the thresholds and of the windows around them; nothing without a window."""
-    reach_F = state.sae.activator.reach_F()
-    if reach_F is None:
-        return {}
-    theta_F = state.sae.activator.threshold_F()
-    held = {"threshold": theta_F, "bandwidth": 2 * (theta_F - reach_F)}
+    """Quantiles over features of the thresholds, and of the windows around them where an activation has windows."""
+    activator = state.sae.activator
+    theta_F, window_F = activator.threshold_F(), getattr(activator, "bandwidth_F", None)
+    held = {} if activator.k else {"threshold": theta_F}
+    if window_F is not None:
+        held["bandwidth"] = window_F
     at = torch.tensor([p / 100 for p in SPREAD], device=theta_F.device)
     return {
         f"{name}.p{p:02}": q
