@@ -113,7 +113,7 @@ class Pam:
         """Rows for `spalf compile`."""
         is_derived = self._rows(plan) == ROWS_PER_FEATURE * plan.knobs.F
         every = self.encoder_steps + self._window(plan)
-        how = "cholesky" if plan.knobs.F <= DENSE_LIMIT else "cg"
+        how = ("cholesky" if plan.knobs.F <= DENSE_LIMIT else "cg") if self.solver == "auto" else self.solver
         table = (
             ("rows", self._rows(plan), f"{ROWS_PER_FEATURE} F" if is_derived else "as given", "rows"),
             ("steps_per_solve", every, "encoder_steps + ceil(rows / budget.batch)", "encoder_steps"),
@@ -217,7 +217,10 @@ class Pam:
                 total = total + self.weight * numbers[f"term.{name}"]
             if self.proximity:
                 total = total + self.proximity * objective.distance(sae, own.W_enc_FD, own.b_enc_F)
-            state.learner.descend(total, state.clock, self.rate)
+            # Not `descend`: a backend that fuses gradient and step would move both matrices.
+            state.learner.optimizer.zero_grad(set_to_none=True)
+            total.backward()  # type: ignore[no-untyped-call]
+            state.learner.advance(state.clock, self.rate)
         sae.activator.observe_(forward.code)
         state.phase = evolve(own, stale=True)
         return {"loss": total.detach(), **{k: v.detach() for k, v in numbers.items()}}, forward
