@@ -249,7 +249,7 @@ def test_a_reading_is_plain_numbers(ready: tuple[Plan, TrainingState]) -> None:
     more = {"r2_raw", "r2_white", "gain", "dead", "lr"} | spread
     assert set(long) - set(short) == more, "more only where a line is logged"
     assert 0 < long["threshold.p05"] < long["threshold.p50"] < long["threshold.p95"]
-    theta_F = state.sae.activator.threshold_F()
+    theta_F = state.sae.activator.threshold_F().detach()
     assert long["threshold.p50"] == pytest.approx(float(torch.quantile(theta_F, 0.5)))
     assert long["bandwidth.p95"] == pytest.approx(
         2 * float(torch.quantile(theta_F - state.sae.activator.reach_F(), 0.95))
