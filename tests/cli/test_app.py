@@ -109,12 +109,10 @@ def test_a_diverged_run_is_a_failure(spalf: Spalf, launch: Any, ended: Any) -> N
     assert spalf("run", "r.toml").exit_code == 1
 
 
-def test_export_and_harvest_say_what_they_wrote(spalf: Spalf, calls: Calls) -> None:
-    assert "wrote there" in spalf("export", "runs/small", "there", "--dtype", "bfloat16").stderr
+def test_harvest_says_what_it_wrote(spalf: Spalf, calls: Calls) -> None:
     words = "harvest r.toml shards --tokens 64 --format npy --device cpu --set a=1 --pairs p.jsonl --position mean"
     assert "wrote shards" in spalf(*words.split()).stderr
     assert calls == [
-        ("export", (Path("runs/small"), Path("there")), {"dtype": "bfloat16"}),
         (
             "harvest",
             ("r.toml", Path("shards")),

@@ -42,20 +42,20 @@ def test_an_error_is_one_message_and_an_exit_code(
     def fail(*_: Any, **__: Any) -> Any:
         raise error
 
-    launch.export = fail
-    told = spalf("export", "runs/x", "out")
+    launch.harvest = fail
+    told = spalf("harvest", "runs/x", "out")
     assert told.exit_code == code
     assert words in told.stderr
     assert len(told.stderr.splitlines()) == 1
     assert told.stdout == ""
 
 
-@pytest.mark.parametrize("words", [["--traceback", "export", "a", "b"], ["export", "a", "b", "--traceback"]])
+@pytest.mark.parametrize("words", [["--traceback", "harvest", "a", "b"], ["harvest", "a", "b", "--traceback"]])
 def test_traceback_lets_an_error_through(spalf: Spalf, launch: Any, words: list[str]) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise SpalfError("no")
 
-    launch.export = fail
+    launch.harvest = fail
     assert isinstance(spalf(*words).exception, SpalfError)
 
 
