@@ -107,11 +107,14 @@ def _panel(panel: Panel) -> list[str]:
     path = " ".join(f"{x_at(m.x)},{y_at(m.y)}" for m in front)
     out.append(f'<polyline class="front" points="{path}"/>')
     for mark in panel.marks:
-        out += _mark(mark, x_at, y_at, on_front=mark in front)
+        out += _mark(mark, x_at, y_at, on_front=mark in front, rising=panel.rising)
     return out
 
 
-def _mark(mark: Mark, x_at: Callable[[float], float], y_at: Callable[[float], float], on_front: bool) -> list[str]:
+def _mark(
+    mark: Mark, x_at: Callable[[float], float], y_at: Callable[[float], float], *, on_front: bool, rising: bool
+) -> list[str]:
+    """A setting's dot, those of its repetitions, its interval, and its label on the side that the front leaves free."""
     x, y = x_at(mark.x), y_at(mark.y)
     out = []
     if mark.interval is not None:
@@ -121,8 +124,9 @@ def _mark(mark: Mark, x_at: Callable[[float], float], y_at: Callable[[float], fl
         out += [f'<circle class="one" cx="{x_at(a)}" cy="{y_at(b)}" r="3"/>' for a, b in mark.each]
     told = escape(f"{mark.label}: L0 {mark.x:.4g}, {mark.y:.4g}")
     out.append(f'<circle class="dot" cx="{x}" cy="{y}" r="{4.5 if on_front else 3.5}"><title>{told}</title></circle>')
-    is_right = x > WIDTH * 0.7
-    out.append(_label(x - 8 if is_right else x + 8, y - 7, mark.label, "end" if is_right else "start"))
+    is_left = x > WIDTH * 0.7
+    beside, anchor = (x - 9, "end") if is_left else (x + 9, "start")
+    out.append(_label(beside, y + 16 if rising != is_left else y - 8, mark.label, anchor))
     return out
 
 
