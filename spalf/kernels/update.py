@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -99,10 +98,9 @@ def _hyper(learner: Learner, parameter: Tensor, step: Tensor) -> Tensor:
     group = next(g for g in learner.optimizer.param_groups if g["params"][0] is parameter)
     beta1, beta2 = group["betas"]
     t = step.double()
-    corrections = [1 - torch.exp(t * math.log(beta1)), torch.sqrt(1 - torch.exp(t * math.log(beta2)))]
     # Filled on the device: a copy from the host would wait for it.
-    fixed = [torch.full_like(t, value) for value in (group["lr"], beta1, beta2, group["eps"])]
-    return torch.stack(fixed + corrections).float()
+    rate, b1, b2, eps = (torch.full_like(t, value) for value in (group["lr"], beta1, beta2, group["eps"]))
+    return torch.stack([rate, b1, b2, eps, 1 - b1.pow(t), torch.sqrt(1 - b2.pow(t))]).float()
 
 
 def sphere_of(learner: Learner) -> Tensor:

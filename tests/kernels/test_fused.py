@@ -28,23 +28,30 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 # rows, d_model, features: no number is a multiple of a block
 SHAPES = [(5, 12, 70), (9, 33, 130), *([(257, 100, 3001), (512, 512, 16_384), (64, 2048, 9000)] if CUDA else [])]
+DENSITY = 0.02  # of the entries are active, give or take the input's norm
+BIG = [((257, 100, 3001), (0.9, 0.999)), ((512, 512, 16_384), (0.9, 0.999))] if CUDA else []
 TRACED = ("W_enc_FD", "W_dec_FD", "b_enc_F", "b_dec_D", "log_gain", "_activator.log_threshold_F")
 
 
 def built(ops: Any, shape: tuple[int, int, int], seed: int, dtype: torch.dtype) -> tuple[StratifiedAutoencoder, Tensor]:
-    """Random unit rows in two strata; row 0 of the input fires nothing, row 1 fires whatever it can."""
+    """Random rows in two strata; row 0 of the input fires nothing.
+
+    Inputs and weights lie on grids, so that pre-activations are exact in float32, and thresholds and windows end
+    between the grid's points: no entry changes sides by rounding.
+    """
     rows, dim, width = shape
     draw = torch.Generator().manual_seed(seed)
     activator = JumpReLU(bandwidth=0.5).build(width)
     machine = Machine(device=DEVICE, ops=ops)
     sae = StratifiedAutoencoder(dim, {"a": width // 3, "b": width - width // 3}, activator, machine)
     for weight_FD in (sae.W_enc_FD, sae.W_dec_FD):
-        weight_FD.data.copy_(torch.nn.functional.normalize(torch.randn(width, dim, generator=draw), dim=1))
-    sae.b_enc_F.data.copy_(0.1 * torch.randn(width, generator=draw))
-    density = 0.05
-    theta = math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - 2 * density)))
-    activator.log_threshold_F.data.fill_(math.log(theta))  # type: ignore[attr-defined]
-    x_BD = torch.randn(rows, dim, generator=draw)
+        unit_FD = torch.nn.functional.normalize(torch.randn(width, dim, generator=draw), dim=1)
+        weight_FD.data.copy_((256 * unit_FD).round() / 256)
+    sae.b_enc_F.data.copy_((64 * 0.1 * torch.randn(width, generator=draw)).round() / 64)
+    quantile = math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - 2 * DENSITY)))
+    activator.log_threshold_F.data.fill_(math.log((math.floor(quantile * 4096) + 0.5) / 4096))  # type: ignore[attr-defined]
+    activator.bandwidth_F.fill_(512 / 4096)  # type: ignore[attr-defined]
+    x_BD = (16 * torch.randn(rows, dim, generator=draw)).round() / 16
     x_BD[0] = 0.0
     return sae.to(DEVICE, dtype).train(), x_BD.to(DEVICE, dtype)
 
@@ -65,7 +72,7 @@ def loss_of(sae: StratifiedAutoencoder, x_BD: Tensor) -> Tensor:
 def gradients(ops: Any, shape: tuple[int, int, int], seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     sae, x_BD = built(ops, shape, seed, dtype)
     if isinstance(ops, fused.FusedOps):
-        ops._capacity.limit = 64 if shape[2] < 1000 else 512
+        ops._capacity.limit = int(fused._SPARSE * shape[2])
     x_BD.requires_grad_(True)
     loss = loss_of(sae, x_BD)
     loss.backward()
@@ -88,9 +95,9 @@ def test_every_gradient_equals_the_oracle_in_float64(shape: tuple[int, int, int]
         assert error < 1e-5, f"{name}: {error:.1e} with seed {seed}"
 
 
-def learner(ops: Any, shape: tuple[int, int, int]) -> tuple[Learner, Tensor]:
+def learner(ops: Any, shape: tuple[int, int, int], **options: Any) -> tuple[Learner, Tensor]:
     sae, x_BD = built(ops, shape, 7, torch.float32)
-    rule = example(Adam, lr=1e-2)
+    rule = example(Adam, lr=1e-2, **options)
     optimizer = rule.build(sae.named_parameters())
     rates = tuple(group["lr"] for group in optimizer.param_groups)
     made = Learner(sae=sae, optimizer=optimizer, rule=rule, strata={"a": Anchored(), "b": Free()}, rates=rates)  # type: ignore[arg-type]
@@ -98,9 +105,9 @@ def learner(ops: Any, shape: tuple[int, int, int]) -> tuple[Learner, Tensor]:
     return made, x_BD
 
 
-def trained(ops: Any, shape: tuple[int, int, int], steps: int = 3) -> dict[str, Tensor]:
+def trained(ops: Any, shape: tuple[int, int, int], steps: int = 3, **options: Any) -> dict[str, Tensor]:
     """Parameters and moments after some steps."""
-    made, x_BD = learner(ops, shape)
+    made, x_BD = learner(ops, shape, **options)
     for step in range(steps):
         made.descend(loss_of(made.sae, x_BD), Clock(step=step, total=10))  # type: ignore[arg-type]
     moments = {
@@ -112,14 +119,18 @@ def trained(ops: Any, shape: tuple[int, int, int], steps: int = 3) -> dict[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES[:4])
-def test_a_fused_step_is_the_optimizer_s_step(shape: tuple[int, int, int]) -> None:
-    ours, plain = trained(fused.FusedOps(compute="float32"), shape), trained(reference.ReferenceOps(), shape)
+@pytest.mark.parametrize(("shape", "betas"), [(SHAPES[0], (0.9, 0.999)), (SHAPES[1], (0.0, 0.999)), *BIG])
+def test_a_fused_step_is_the_optimizer_s_step(shape: tuple[int, int, int], betas: tuple[float, float]) -> None:
+    # On large shapes one step: from the second on, a rounding may move an entry over its threshold.
+    steps = 1 if shape[2] > 1000 else 3
+    ours = trained(fused.FusedOps(compute="float32"), shape, steps, betas=betas)
+    plain = trained(reference.ReferenceOps(), shape, steps, betas=betas)
     assert set(ours) == set(plain)
     for name, value in plain.items():
         error = float((ours[name] - value).norm() / value.norm().clamp(min=1e-9))
-        # A moment of a rare entry is a small difference: as far apart as float32's order of summation allows.
-        assert error < 2e-4, f"{name}: {error:.1e}"
+        # Adam's first steps are signs of gradients: where one is but a rounding error, the weight differs by the rate.
+        allowed = 2e-4 if "." in name.removeprefix("_activator.") else 5e-3
+        assert error < allowed, f"{name}: {error:.1e}"
 
 
 @pytest.mark.slow
