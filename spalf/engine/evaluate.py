@@ -139,7 +139,8 @@ def constraints(plan: Plan, state: TrainingState, batches: int = 8) -> dict[str,
     """Each active constraint on held-out data with its multiplier.
 
     `violation` is value / budget - 1, mean over held-out batches; `filtered` is what training saw last. Feasible means
-    filtered <= 0 and violation <= 5 %.
+    met on held-out data, or met in training (filtered <= 0) and exceeded by at most 5 % on held-out data. The last
+    filtered value alone would judge a constraint measured on a few contexts by which contexts came last.
     """
     control = state.control
     active = [n for i, n in enumerate(plan.constraints) if bool(control.on_M[i])]
@@ -162,6 +163,6 @@ def constraints(plan: Plan, state: TrainingState, batches: int = 8) -> dict[str,
                 "multiplier": float(control.lam_M[i]),
                 "penalty": float(control.rho_M[i]),
                 "budget": float(control.budget_M[i]),
-                "feasible": filtered <= 0.0 and strict <= STRICT,
+                "feasible": strict <= 0.0 or (filtered <= 0.0 and strict <= STRICT),
             }
     return out

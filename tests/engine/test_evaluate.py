@@ -220,7 +220,7 @@ def test_a_constraint_s_violation_is_a_mean_over_held_out_batches(mid: tuple[Pla
 
 @pytest.mark.parametrize(
     ("filtered", "violation", "feasible"),
-    [(-0.01, -0.01, True), (0.0, 0.04, True), (-0.01, 0.06, False), (0.01, -0.5, False)],
+    [(-0.01, -0.01, True), (0.0, 0.04, True), (-0.01, 0.06, False), (0.01, 0.01, False), (0.01, -0.5, True)],
 )
 def test_feasible_by_both_measures(
     mid: tuple[Plan, TrainingState], filtered: float, violation: float, feasible: bool
