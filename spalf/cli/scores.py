@@ -41,7 +41,7 @@ def comparison_parts(compared: Comparison) -> list[RenderableType]:
     first, *others = compared.names
     heads = ["suite", "measure", first]
     for name in others:
-        heads += [name, f"- {first}"]
+        heads += [name, f"vs {first}"]
     rows = list(_compared_rows(compared.rows))
     parts: list[RenderableType] = [plain_table(heads, rows, right=range(2, len(heads)))]
     paired = [d.paired for row in compared.rows for d in row.differences if d is not None]

@@ -69,6 +69,21 @@ def test_contexts_stand_for_documents_where_none_are_known() -> None:
     assert tally.units(known).tolist() == [[7, 7, 7], [7, 7, 7]]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_contexts_are_split_with_their_documents(known: bool) -> None:
+    tokens_ST = torch.arange(10).view(5, 2)
+    whole = Sequences(tokens_ST=tokens_ST, real_ST=tokens_ST > 0, document_ST=tokens_ST // 4 if known else None)
+    parts = list(whole.split(2))
+    assert [len(part.tokens_ST) for part in parts] == [2, 2, 1]
+    assert torch.equal(torch.cat([part.tokens_ST for part in parts]), tokens_ST)
+    assert torch.equal(torch.cat([part.real_ST for part in parts]), tokens_ST > 0)
+    if known:
+        documents = [part.document_ST for part in parts]
+        assert torch.equal(torch.cat([d for d in documents if d is not None]), tokens_ST // 4)
+    else:
+        assert all(part.document_ST is None for part in parts)
+
+
 def test_the_interval_is_the_loop_s() -> None:
     """Against numpy, one resample at a time."""
     unit_N, value_N = clustered(3)
