@@ -192,7 +192,7 @@ def test_strength_counts_units_of_the_feature(run: Loaded, usual: int) -> None:
     assert told.unit == run.unit(usual)
     assert run.steer(TEXT, feature=usual, strength=-6.0, tokens=1).kl > told.kl
     for words in (f"feature {usual}, strength -3", "--- baseline\ndef f(x):", told.steered):
-        assert words in str(told)
+        assert words in repr(told)
 
 
 def test_a_direction_is_what_one_unit_adds(run: Loaded, codes: Codes) -> None:
@@ -211,6 +211,13 @@ def test_an_ablation_looks_where_the_feature_fires(run: Loaded, usual: int) -> N
     assert told.fires.kl > told.elsewhere.kl
     every = intervene.ablate(run.state, usual, run.state.stream.held_out().sequences(24).tokens_ST, looked_at=24)
     assert every.fires.change == pytest.approx(told.fires.change, rel=1e-3)
+    assert repr(told).splitlines() == [
+        f"feature {usual} fires in {told.contexts} of 24 contexts; set to 0, loss changes by",
+        f"  {told.fires.change:+.3g} +- {told.fires.error:.2g} nats where it fires ({told.fires.positions} tokens, "
+        f"KL {told.fires.kl:.3g})",
+        f"  {told.elsewhere.change:+.3g} +- {told.elsewhere.error:.2g} nats elsewhere ({told.elsewhere.positions} "
+        f"tokens, KL {told.elsewhere.kl:.3g})",
+    ]
     assert every.later.kl == pytest.approx(told.later.kl, rel=1e-3), "contexts without it change nothing"
 
 

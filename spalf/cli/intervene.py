@@ -24,7 +24,7 @@ Alone = Annotated[
 def add_to(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command(
-        epilog='Example: spalf steer runs/quickstart --feature 82 --strength 4 --prompt "def main(args):"',
+        epilog='Example: spalf steer runs/quickstart --feature 82 --strength 2 --prompt "def main(args):"',
     )(steer)
     app.command(epilog="Example: spalf ablate runs/quickstart --feature 82 --json")(ablate)
 
@@ -43,7 +43,7 @@ def steer(
             metavar="S",
             help="How much of the feature to add: 1 is its mean activation where it fires. Below 0 it is taken away.",
         ),
-    ] = 4.0,
+    ] = 2.0,
     tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="How many to write.")] = 40,
     temperature: Annotated[
         float, typer.Option("--temperature", metavar="T", min=0.0, help="Of the sampling; 0 is greedy.")

@@ -145,7 +145,7 @@ class Effect:
     kl: float
 
 
-@frozen(kw_only=True)
+@frozen(kw_only=True, repr=False)
 class Ablation:
     """A feature set to 0 wherever it fires on held-out text, all else kept.
 
@@ -160,6 +160,16 @@ class Ablation:
     fires: Effect
     elsewhere: Effect
     later: Effect
+
+    def __repr__(self) -> str:
+        told = [
+            f"feature {self.feature} fires in {self.contexts} of {self.looked_at} contexts; set to 0, loss changes by"
+        ]
+        for where, one in (("where it fires", self.fires), ("elsewhere", self.elsewhere)):
+            told.append(
+                f"  {one.change:+.3g} +- {one.error:.2g} nats {where} ({one.positions} tokens, KL {one.kl:.3g})"
+            )
+        return "\n".join(told)
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ class Patched:
         return f"{len(self.tokens)} tokens: KL {kl:.4g} nats per position, loss {change:+.4g} nats per token"
 
 
-@frozen(kw_only=True)
+@frozen(kw_only=True, repr=False)
 class Steered:
     """Two continuations of a prompt, without and with a feature added at every position after the first.
 
@@ -102,7 +102,7 @@ class Steered:
     baseline: str
     steered: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         head = f"feature {self.feature}, strength {self.strength:g} x {self.unit:.3g}; KL {self.kl:.3g} nats"
         return f"{head}\n--- baseline\n{self.prompt}{self.baseline}\n--- steered\n{self.prompt}{self.steered}"
 

@@ -81,7 +81,7 @@ def test_steer_asks_for_all_of_it(spalf: Spalf, asked: list[Any]) -> None:
 def test_what_is_left_out_is_kept_and_greedy(spalf: Spalf, asked: list[Any]) -> None:
     spalf(*STEER)
     assert asked[0][2] == {"device": "auto", "sequences": 256}
-    assert asked[1][2] == {"feature": 82, "strength": 4.0, "tokens": 40, "temperature": 0.0, "seed": 0, "error": True}
+    assert asked[1][2] == {"feature": 82, "strength": 2.0, "tokens": 40, "temperature": 0.0, "seed": 0, "error": True}
 
 
 def test_both_continuations_stand_side_by_side(spalf: Spalf, asked: list[Any]) -> None:
