@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,9 @@ def _keep(at: Path, scores: Scores) -> None:
     """Add to evaluation.json of the run that `at` lies in; what was measured of another checkpoint goes."""
     if at.parent.name != "checkpoints":
         return
-    file = at.parent.parent / KEPT
-    write_json(file, {"checkpoint": at.name, "suites": {**kept(at), **scores}})
+    # A run that may be read but not written to has been measured all the same.
+    with suppress(OSError):
+        write_json(at.parent.parent / KEPT, {"checkpoint": at.name, "suites": {**kept(at), **scores}})
 
 
 def kept(at: Path) -> Scores:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spalf import launch
+from spalf import evaluation, launch
 from spalf.engine import checkpoint, evaluate
 from spalf.errors import CheckpointError, RecipeError
 from spalf.evaluation import Compared, Comparison, compare, kept
@@ -101,6 +101,17 @@ def test_numbers_are_kept_by_suite_until_the_checkpoint_is_another(runs: Path, t
     assert measure(run, suites=["dictionary"], device="cpu", keep=True) == kept(at)
     file.write_text("{")
     assert kept(at) == {}, "a damaged file is measured again"
+
+
+def test_a_run_that_cannot_be_written_to_is_measured_all_the_same(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, value: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(evaluation, "write_json", refuse)
+    run = shutil.copytree(runs / "a", tmp_path / "a")
+    assert list(measure(run, suites=["geometry"], device="cpu", keep=True)) == ["geometry"]
 
 
 def test_a_checkpoint_outside_of_a_run_leaves_nothing(runs: Path, tmp_path: Path) -> None:
