@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from spalf.cli.arguments import Json, Sets, StateArg
+from spalf.cli.arguments import Device, Json, Sets, StateArg
 from spalf.cli.terminal import note, write_json
 
 
@@ -60,6 +60,13 @@ def import_(
         typer.Option("--recipe", metavar="RECIPE", help="Whose source its activations come from.", show_default=False),
     ] = "",
     sets: Sets = [],  # noqa: B006
+    tokens: Annotated[
+        int,
+        typer.Option(
+            "--tokens", metavar="N", min=0, help="Activations to measure mean and scale on; 0 opens no model."
+        ),
+    ] = 16_384,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Make a run of another library's dictionary, for spalf eval and what else reads runs.
@@ -68,7 +75,7 @@ def import_(
     """
     from spalf.exchange.verbs import import_dictionary
 
-    written = import_dictionary(path, out, format=form, recipe=recipe, sets=sets)
+    written = import_dictionary(path, out, format=form, recipe=recipe, sets=sets, tokens=tokens, device=device)
     _tell(ctx, as_json, {"directory": written, "format": form}, f"wrote {written}")
 
 

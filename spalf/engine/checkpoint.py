@@ -251,8 +251,8 @@ def load(path: Path, plan: Plan, state: TrainingState) -> dict[str, Any]:
         except (OSError, SafetensorError) as e:
             raise CheckpointError(f"{path / file}.safetensors: cannot be read: {e}") from e
     if "imported" in meta:
-        # Trained elsewhere, from a place in its data that nobody knows: the stream stays at its start.
-        flat.update({k: v for k, v in flatten(state).items() if k.startswith("stream.")})
+        # Where its source was never opened there is no cursor: the stream stays at its start.
+        flat = {**{k: v for k, v in flatten(state).items() if k.startswith("stream.")}, **flat}
     _shape_like(plan, state, flat)
     poured = restore(state, flat)
     assert poured is state

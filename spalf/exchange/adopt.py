@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from attrs import asdict
-from torch import Tensor
+from torch import Tensor, nn
 
 from spalf import plugins
 from spalf.assembly import compile as compiler
@@ -20,7 +21,8 @@ from spalf.assembly.convert import Converter
 from spalf.assembly.toml import Table
 from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
-from spalf.engine import checkpoint
+from spalf.core.values import Raw, White
+from spalf.engine import checkpoint, moments
 from spalf.engine.build import build, unopened
 from spalf.engine.step import dead_window
 from spalf.errors import ExchangeError
@@ -29,12 +31,27 @@ from spalf.record import Recorder
 
 PRESETS: Mapping[Activation, str] = {"relu": "relu_l1", "jumprelu": "jumprelu", "topk": "topk", "gated": "gated"}
 UNIT = 1e-3
-"""How far decoder rows may be from unit norm to count as rows that were kept there."""
+"""How far the lengths of decoder rows may be apart to count as rows that were kept at one."""
+CONTEXTS = 16
+"""Contexts that the language model reads at once where mean and scale are measured."""
 RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
 
-def adopt(dictionary: Dictionary, out: Path, *, format: str, recipe: str, sets: Sequence[str]) -> Path:
-    """Write the run directory `out`, whole, and return it. Raises ExchangeError where it exists or does not fit."""
+def adopt(
+    dictionary: Dictionary,
+    out: Path,
+    *,
+    format: str,
+    recipe: str,
+    sets: Sequence[str],
+    tokens: int,
+    device: torch.device,
+) -> Path:
+    """Write the run directory `out`, whole, and return it.
+
+    Mean and scale are measured on `tokens` activations; with 0 no source is opened. Raises ExchangeError where `out`
+    exists or the dictionary does not fit its source.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExchangeError(f"{out}: exists already (give another --out)")
     _, registry = plugins.load()
@@ -44,7 +61,9 @@ def adopt(dictionary: Dictionary, out: Path, *, format: str, recipe: str, sets: 
             f"the dictionary reads activations of {dictionary.d_model} dimensions, and the source gives "
             f"{plan.facts.d_model} (name the model and the hook that it was trained on)"
         )
-    state = build(plan, torch.device("cpu"), unopened(plan.facts))
+    state = build(plan, device, None if tokens else unopened(plan.facts))
+    if tokens:
+        fit(plan, state, tokens)
     pour(dictionary, plan, state)
     text = toml.write(Converter(registry).unstructure(plan.recipe))
     about = {"format": format, **asdict(dictionary.about)}
@@ -76,11 +95,15 @@ def table_of(dictionary: Dictionary, name: str, recipe: str, sets: Sequence[str]
         table["source"] = told
     for text in sets:
         table = toml.merge(table, toml.setting(text))
+    source = table.get("source")
+    if not recipe and isinstance(source, dict) and source.get("text"):
+        source.pop("dataset", None)  # the file's own, which a text that is asked for replaces
     return table
 
 
 def _has_unit_rows(dictionary: Dictionary) -> bool:
-    return bool(((dictionary.W_dec_FD.norm(dim=1) - 1).abs() < UNIT).all())
+    length_F = dictionary.W_dec_FD.norm(dim=1)
+    return bool((length_F / length_F.mean() - 1).abs().max() < UNIT)
 
 
 def _source_of(dictionary: Dictionary) -> Table | None:
@@ -97,21 +120,50 @@ def _source_of(dictionary: Dictionary) -> Table | None:
 
 
 @torch.no_grad()
+def fit(plan: Plan, state: TrainingState, tokens: int) -> None:
+    """Fit the metric on the first `tokens` activations, as a calibration does; position 0 of a context is left out."""
+    found = moments.empty(plan.facts.d_model)
+    batch = plan.recipe.budget.batch
+    while float(found.n) < tokens:
+        if "tokens" in plan.facts.provides:
+            sequences = state.stream.sequences(CONTEXTS)
+            rows_BD = state.stream.activations(sequences)[:, 1:][sequences.real_ST[:, 1:]]
+        else:
+            rows_BD = state.stream.next(batch).x_BD
+        found = moments.add(found, rows_BD)
+    plan.recipe.whitener.fit_(state.metric, found.mean_D, moments.covariance(found))
+    report: Mapping[str, float] = getattr(state.metric, "report", dict)()
+    state.measured.update({f"whitener.{k}": float(v) for k, v in report.items()})
+    state.measured["calibrate.tokens"] = float(found.n)
+
+
+@torch.no_grad()
 def pour(dictionary: Dictionary, plan: Plan, state: TrainingState) -> None:
-    """Give a freshly built state the dictionary's numbers and the last phase; its metric stays the identity.
+    """Give a freshly built state the dictionary's numbers, in the coordinates of its metric, and the last phase.
 
     Every feature counts as silent so far: one that fires on no held-out activation is then dead.
     """
+    metric = copy.deepcopy(state.metric).double().cpu() if isinstance(state.metric, nn.Module) else state.metric
+    zero_D = White(torch.zeros_like(dictionary.b_dec_D))
+    # p = x W' + b with x = y W^-1 + mean, and x_hat = z D + b_dec with y_hat = (x_hat - mean) W
+    W_dec_FD = metric.white_direction(Raw(dictionary.W_dec_FD))
+    gain = float(W_dec_FD.norm(dim=1).mean())
+    b_enc_F = dictionary.b_enc_F
+    mean_F = dictionary.W_enc_FD @ metric.raw(zero_D)
     values: dict[str, Tensor] = {
-        "W_enc_FD": dictionary.W_enc_FD,
-        "W_dec_FD": dictionary.W_dec_FD,
-        "b_dec_D": dictionary.b_dec_D,
+        "W_enc_FD": metric.raw_direction(White(dictionary.W_enc_FD)),
+        "W_dec_FD": W_dec_FD / gain,
+        "b_dec_D": metric.white(Raw(dictionary.b_dec_D)),
+        "log_gain": torch.tensor(gain).log(),
     }
     if dictionary.activation == "gated":
-        values["_activator.b_gate_F"], values["_activator.r_mag_F"] = dictionary.gate()
-        values["_activator.b_mag_F"] = dictionary.b_enc_F
+        b_gate_F, r_mag_F = dictionary.gate()
+        if not dictionary.centred:
+            b_enc_F, b_gate_F = b_enc_F + r_mag_F.exp() * mean_F, b_gate_F + mean_F
+        own = {"b_gate_F": b_gate_F, "r_mag_F": r_mag_F, "b_mag_F": b_enc_F}
+        values.update({f"_activator.{name}": value for name, value in own.items()})
     else:
-        values["b_enc_F"] = dictionary.b_enc_F
+        values["b_enc_F"] = b_enc_F if dictionary.centred else b_enc_F + mean_F
     if dictionary.threshold_F is not None:
         # Codes are rectified there: a threshold of 0 or less is one of 0, and its logarithm the least there is.
         least = torch.finfo(torch.float32).tiny

@@ -20,6 +20,9 @@ from spalf.exchange import adopt, hub
 from spalf.exchange.dictionary import About, of_state
 from spalf.exchange.formats import WRITERS, read
 
+TOKENS = 16_384
+"""Activations that an imported dictionary's mean and scale are measured on."""
+
 
 def export(
     path: str | Path,
@@ -54,14 +57,31 @@ def export(
 
 
 def import_dictionary(
-    path: str | Path, out: str | Path, *, format: str, recipe: str | Path = "", sets: Sequence[str] = ()
+    path: str | Path,
+    out: str | Path,
+    *,
+    format: str,
+    recipe: str | Path = "",
+    sets: Sequence[str] = (),
+    tokens: int = TOKENS,
+    device: str = "auto",
 ) -> Path:
     """Make the run directory `out` of a dictionary in `format`, so that it can be measured and looked at.
 
     Where its activations come from is said by the table [source] of `recipe`, then by `sets`, else by the dictionary's
-    own file. Raises ExchangeError where the file cannot be read or `out` exists, RecipeError where the source is wrong.
+    own file. Its mean and scale are measured on `tokens` activations; with 0 the source is not opened, and what is
+    measured against them later (loss under mean ablation, R2 along a frontier) is measured against 0 and 1. Raises
+    ExchangeError where the file cannot be read or `out` exists, RecipeError or SourceError where the source is wrong.
     """
-    return adopt.adopt(read(path, format), Path(out), format=format, recipe=str(recipe), sets=sets)
+    return adopt.adopt(
+        read(path, format),
+        Path(out),
+        format=format,
+        recipe=str(recipe),
+        sets=sets,
+        tokens=tokens,
+        device=launch.device_of(device),
+    )
 
 
 def about_run(at: Path, plan: Plan, state: TrainingState, summary: Mapping[str, Any]) -> About:

@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 import tomli
 import torch
+from attrs import evolve
 
 import spalf
 from spalf import launch
+from spalf.core.values import White
 from spalf.errors import ExchangeError, RecipeError
 from spalf.exchange import saelens
 from spalf.exchange.adopt import table_of
 from spalf.exchange.verbs import import_dictionary
+from spalf.parts.source.synthetic import Synthetic
 
 SOURCE = ("source={use='synthetic', d_model=6, features=8}", "evaluator.downstream_loss=false")
 
@@ -76,9 +79,13 @@ def test_the_file_says_where_activations_come_from(make) -> None:
     assert source == {"use": "huggingface", **told}
 
 
-def test_another_hook_needs_another_source(make) -> None:
-    from attrs import evolve
+def test_a_text_replaces_the_dataset_of_the_file(make) -> None:
+    source = table_of(make("relu"), "run", "", ("source.text=stdlib",))["source"]
+    assert source["text"] == "stdlib"
+    assert "dataset" not in source
 
+
+def test_another_hook_needs_another_source(make) -> None:
     one = make("relu")
     one = evolve(one, about=evolve(one.about, hook="blocks.3.hook_mlp_out"))
     assert table_of(one, "run", "", ())["source"]["hook"] == "blocks.3.hook_mlp_out"
@@ -123,3 +130,48 @@ def test_nothing_is_overwritten(kind: str, folder: Path, tmp_path: Path) -> None
 def test_an_empty_directory_is_used(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     assert (import_dictionary(folder, tmp_path / "run", format="saelens", sets=SOURCE) / "plan.json").is_file()
+
+
+def test_mean_and_scale_are_those_of_the_source(folder: Path, tmp_path: Path) -> None:
+    """What R2 and losses under ablation are measured against."""
+    run = import_dictionary(folder, tmp_path / "run", format="saelens", sets=SOURCE, tokens=8192)
+    plan, state = launch.load(run, device="cpu").plan, launch.closed(run)[2]
+    x_BD = plan.recipe.source.open(1, torch.device("cpu")).next(8192).x_BD
+    mean_D = state.metric.raw(White(torch.zeros(6)))
+    torch.testing.assert_close(mean_D, x_BD.mean(0), rtol=0, atol=0.2)
+    torch.testing.assert_close(state.metric.variance("raw"), x_BD.var(0).sum(), rtol=0.05, atol=0)
+    assert state.measured["calibrate.tokens"] >= 8192
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk", "gated"])
+@pytest.mark.parametrize("centred", [False, True])
+def test_without_a_look_at_the_source(
+    kind: str, centred: bool, make, x_BD, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is opened, and the run computes the same."""
+    one = make(kind, centred=centred)
+    folder = saelens.write(one, tmp_path / "sae", torch.float32)
+    with monkeypatch.context() as closed:
+        closed.setattr(Synthetic, "open", None)
+        run = import_dictionary(folder, tmp_path / "run", format="saelens", sets=SOURCE, tokens=0)
+    _, _, state = launch.closed(run)
+    code = state.sae.encode(state.metric.white(x_BD.float()), dense=True)
+    torch.testing.assert_close(code.dense().double(), one.encode(x_BD), rtol=0, atol=1e-5)
+    assert launch.load(run, device="cpu").state.metric.variance("raw") == 6
+
+
+@pytest.mark.slow
+def test_with_a_language_model_it_can_be_looked_at(make, tmp_path: Path) -> None:
+    """Features, a report and the model's loss, on the embedded model."""
+    draw = torch.Generator().manual_seed(0)
+    W_FD = torch.nn.functional.normalize(torch.randn(64, 192, generator=draw, dtype=torch.float64), dim=1)
+    one = evolve(make("topk"), W_enc_FD=W_FD, W_dec_FD=W_FD, b_enc_F=W_FD[:, 0], b_dec_D=torch.zeros(192).double())
+    folder = saelens.write(one, tmp_path / "sae", torch.float32)
+    text = Path(spalf.__file__).parent / "**" / "*.py"
+    source = f"source={{use='huggingface', model='embedded', layer=2, context=64, pool=64, text='{text}'}}"
+    sets = (source, "source.shuffle=8192", "source.sequences=16", "evaluator.downstream_loss.sequences=4")
+    run = import_dictionary(folder, tmp_path / "run", format="saelens", sets=sets, tokens=2048, device="cpu")
+    scores = spalf.evaluate(run, suites=["downstream_loss"], device="cpu")["downstream_loss"]
+    assert scores["ce_clean"] < scores["ce_patched"]
+    assert scores["ce_mean_ablated"] != scores["ce_zero_ablated"]
+    assert spalf.write_report(run, features=8, tokens=512, device="cpu").stat().st_size > 10_000

@@ -45,7 +45,11 @@ class Answer(BaseHTTPRequestHandler):
         elif "/commit/" in self.path:
             found = [line["value"] for line in lines if line["key"] == "file"]
             self.server.files.update({f["path"]: base64.b64decode(f["content"]) for f in found})
-            out = {"commitUrl": f"http://{self.headers['host']}/u/name/commit/0", "commitOid": "0" * 40, "success": True}
+            out = {
+                "commitUrl": f"http://{self.headers['host']}/u/name/commit/0",
+                "commitOid": "0" * 40,
+                "success": True,
+            }
         self._send(out)
 
     def do_GET(self) -> None:
