@@ -149,12 +149,17 @@ def steering_scores(this: Representation, pairs: Pairs, seed: int) -> dict[str, 
     steps_CD = steering.directions(this, matches, first)
     fitted = steering.probes(first)
     result = steering.steer(steps_CD, fitted, second)
-    chance = steering.steer(steering.random_steps(steps_CD, seed + 1), fitted, second)
+    full_CD = steering.at_length(steps_CD, mean_shifts(first))
+    full = steering.steer(full_CD, fitted, second)
+    chance = steering.steer(steering.random_steps(full_CD, seed + 1), fitted, second)
     return {
         "accuracy": result.accuracy,
         "flipped": result.flipped,
         "kept": result.kept,
         "probe": result.probe,
+        "accuracy_at_length": full.accuracy,
+        "flipped_at_length": full.flipped,
+        "kept_at_length": full.kept,
         "accuracy_random": chance.accuracy,
         "flipped_random": chance.flipped,
     }
@@ -167,9 +172,10 @@ class SteeringAccuracy:
     Features are chosen as in `concept_mcc`, on one half of the pairs. On the other, each `a` without the concept gets
     the feature's direction times its mean code over the pairs that switch the concept on. Logistic probes, fitted on
     real activations of the first half, then judge: `flipped`, the share in which the concept's probe finds it; `kept`,
-    the share of the other concepts' probes that say what they said; `accuracy`, the mean of their product. `probe` is
-    how often the probes are right about real activations, the most that can be asked; `..._random` takes steps of the
-    same length in random directions.
+    the share of the other concepts' probes that say what they said; `accuracy`, the mean of their product.
+    `..._at_length` gives every direction the length of the concept's mean shift, which the labels know: what the
+    direction is worth, apart from how much of the shift its feature holds. `..._random` takes random directions of that
+    length. `probe` is how often the probes are right about real activations, the most that can be asked.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()

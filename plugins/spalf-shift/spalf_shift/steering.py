@@ -90,9 +90,13 @@ def steer(steps_CD: Tensor, fitted: list[Any], pairs: Pairs) -> Steered:
     return Steered(flipped=float(means[0]), kept=float(means[1]), accuracy=float(means[2]), probe=float(means[3]))
 
 
+def at_length(steps_CD: Tensor, like_CD: Tensor) -> Tensor:
+    """Steps in the directions of `steps_CD`, each as long as that of `like_CD`; a step of 0 stays one."""
+    length_C1: Tensor = torch.linalg.vector_norm(like_CD, dim=1, keepdim=True)
+    return normalize(steps_CD, dim=1) * length_C1
+
+
 def random_steps(steps_CD: Tensor, seed: int) -> Tensor:
     """Steps of the same lengths in random directions: what pushing alone does."""
     draw = torch.Generator().manual_seed(seed)
-    unit_CD = normalize(torch.randn(steps_CD.shape, generator=draw), dim=1)
-    length_C1: Tensor = torch.linalg.vector_norm(steps_CD, dim=1, keepdim=True)
-    return unit_CD * length_C1
+    return at_length(torch.randn(steps_CD.shape, generator=draw), steps_CD)

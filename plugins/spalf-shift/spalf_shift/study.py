@@ -45,19 +45,19 @@ AFFINE = (
     'dual={use="ascent"}',
     'phase.fit={use="constrained",terms=["error"],gate="exhausted"}',
 )
-WIDE = ("knobs.F=256", "knobs.L0_target=12")
+WIDE = ("knobs.F=512", "knobs.L0_target=12")
 """For activations themselves: a sentence has many concepts at once, and content besides."""
 
 TRAINED: Mapping[str, Trained] = {
-    "shift, mean |h|": Trained(recipe="shift_l1"),
+    "shift, L1": Trained(recipe="shift_l1"),
     "shift, L0": Trained(recipe="shift_l0"),
     "shift, min L0": Trained(recipe="shift_min_l0"),
-    "shift, as published": Trained(recipe="shift_published"),
+    "shift, L1 as published": Trained(recipe="shift_published"),
     "shift, jumprelu": Trained(recipe="shift_jumprelu"),
     "shift, relu + L1": Trained(recipe="shift_relu"),
     "shift, affine": Trained(recipe="shift_l1", sets=AFFINE),
-    "ends, mean |h|": Trained(recipe="shift_l1", ends=True, sets=ON_ENDS),
-    "ends, mean |h|, wide": Trained(recipe="shift_l1", ends=True, sets=(*ON_ENDS, *WIDE)),
+    "ends, L1": Trained(recipe="shift_l1", ends=True, sets=ON_ENDS),
+    "ends, L1, wide": Trained(recipe="shift_l1", ends=True, sets=(*ON_ENDS, *WIDE)),
     "ends, jumprelu, wide": Trained(recipe="shift_jumprelu", ends=True, sets=(*WIDE, "knobs.R2_target=0.9")),
     "ends, relu + L1, wide": Trained(recipe="shift_relu", ends=True, sets=WIDE),
 }
@@ -165,24 +165,26 @@ COLUMNS: Mapping[str, str] = {
     "accuracy@1": "acc., K=1",
     "accuracy@5": "acc., K=5",
     "steering.accuracy": "steering",
+    "steering.accuracy_at_length": "at full length",
 }
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """Heads and cells: means, with the half-width of their 95 % interval over seeds."""
     heads = ["method", *COLUMNS.values(), "(a) seeds"]
-    body = [[one.name, *(cell(one.numbers.get(k, ())) for k in COLUMNS), cell(one.consistency)] for one in rows]
+    body = [
+        [one.name, *(cell(one.numbers.get(k, ()), 1 if k == "l0" else 3) for k in COLUMNS), cell(one.consistency)]
+        for one in rows
+    ]
     return [heads, *body]
 
 
-def cell(values: Sequence[float]) -> str:
+def cell(values: Sequence[float], digits: int = 3) -> str:
     """mean +- half-width; - where nothing was measured."""
     if not values:
         return "-"
-    if fmean(values) >= 2:
-        return f"{fmean(values):.1f}"
     spread = half_width(values)
-    return f"{fmean(values):.3f}" + (f" +-{spread:.3f}" if spread else "")
+    return f"{fmean(values):.{digits}f}" + (f" +-{spread:.{digits}f}" if round(spread, digits) else "")
 
 
 def floors(rows: Sequence[Row]) -> dict[str, float]:

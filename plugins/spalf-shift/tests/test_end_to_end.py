@@ -132,7 +132,7 @@ def test_pairs_of_another_width_are_refused(pairs: Path, directory: Path) -> Non
 @pytest.mark.slow
 def test_the_study(held: Pairs) -> None:
     """One seed is enough to see that a trained row and a computed one come out whole."""
-    names = ["PCA", "shift, mean |h|", "ends, mean |h|"]
+    names = ["PCA", "shift, L1", "ends, L1"]
     told: list[str] = []
     rows = list(study.study(held, 2, only=names, sets=SHORT, tell=told.append))
     assert [row.name for row in rows] == told == names

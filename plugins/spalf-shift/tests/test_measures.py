@@ -182,6 +182,10 @@ def test_steering_switches_a_concept_on_and_nothing_else() -> None:
     assert found["flipped"] > 0.9
     assert found["kept"] > 0.9
     assert found["accuracy_random"] < 0.5 < found["accuracy"]
+    assert found["accuracy_at_length"] == pytest.approx(found["accuracy"], abs=0.1), "an oracle's step is the shift"
+    half = Representation(code=solved(pairs).code, rows_FD=0.2 * solved(pairs).rows_FD)
+    weak = steering_scores(half, pairs, 0)
+    assert weak["flipped"] < 0.5 < weak["flipped_at_length"], "the direction is right, and a fifth of the shift in it"
 
 
 def test_a_step_is_the_feature_s_own_shift() -> None:
