@@ -271,7 +271,9 @@ def test_a_run_without_a_language_model_says_so() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- loading
-def test_a_saved_run_is_loaded_with_its_features(run: Loaded, usual: int, tmp_path: Path) -> None:
+@pytest.fixture
+def saved(run: Loaded, tmp_path: Path) -> Path:
+    """A run directory with one checkpoint."""
     from spalf.launch import filled_text
     from spalf.testing.whole import LANGUAGE, TOY
 
@@ -279,17 +281,35 @@ def test_a_saved_run_is_loaded_with_its_features(run: Loaded, usual: int, tmp_pa
     recipe.write_text('extends = "spalf"\n' + TOY)
     sets = [f"{key.replace('__', '.')}={value}" for key, value in LANGUAGE.items()]
     checkpoint.save(run.plan, run.state, tmp_path / "run" / "checkpoints", filled_text(recipe, sets), {"serial": 1})
-    loaded = spalf.load(tmp_path / "run", device="cpu", sequences=24)
+    return tmp_path / "run"
+
+
+def test_a_saved_run_is_loaded_with_its_features(run: Loaded, saved: Path, usual: int) -> None:
+    loaded = spalf.load(saved, device="cpu", sequences=24)
     assert repr(loaded) == repr(run) == "toy: 256 features at blocks.1.hook_resid_post of embedded, fit step 12"
     assert torch.equal(loaded.encode(TEXT).dense(), run.encode(TEXT).dense())
     assert loaded.unit(usual) == run.unit(usual)
-    (tmp_path / "run" / "checkpoints" / "spalf_fit_step12" / "model.safetensors").write_bytes(b"torn")
+    (saved / "checkpoints" / "spalf_fit_step12" / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
-        spalf.load(tmp_path / "run", device="cpu")
+        spalf.load(saved, device="cpu")
     with pytest.raises(CheckpointError, match="no such directory"):
-        spalf.load(tmp_path / "nothing")
+        spalf.load(saved / "nothing")
 
 
 def test_a_loaded_run_is_cheap_to_vary(run: Loaded) -> None:
     assert evolve(run, sequences=5).sequences == 5
     assert run.state.device == CPU
+
+
+@pytest.mark.gpu
+def test_all_of_it_on_a_gpu(run: Loaded, saved: Path, usual: int) -> None:
+    """The same features and effects as on the CPU, up to the rounding of another device."""
+    there = spalf.load(saved, device="cuda", sequences=24)
+    assert there.state.device.type == "cuda"
+    assert there.unit(usual) == pytest.approx(run.unit(usual), rel=0.02)
+    assert torch.allclose(there.direction(usual).cpu(), run.direction(usual), atol=1e-2)
+    same = there.patch(TEXT, lambda z: z)
+    assert torch.equal(same.before_TV, same.after_TV)
+    assert there.steer(TEXT, feature=usual, strength=2.0, tokens=4, temperature=1.0).kl > 0
+    assert there.encode(TEXT).of(usual).device.type == "cuda"
+    assert there.ablate(usual).fires.kl == pytest.approx(run.ablate(usual).fires.kl, rel=0.1)

@@ -51,19 +51,21 @@ def decode(state: TrainingState, z: Tensor) -> Raw:
     return Raw(state.metric.raw(white_BD).reshape(*z.shape[:-1], -1))
 
 
+def difference(state: TrainingState, change: Tensor) -> Raw:
+    """decode(z + change) - decode(z) [..., D], whatever z is; exactly zero where the change [..., F] is.
+
+    Decoding is affine, so this is decode(change) - decode(0): what a backend rounds is then of the change's own size.
+    """
+    flat_BF = change.reshape(-1, change.shape[-1])
+    white_BD = state.sae.decode(code_of(state, torch.cat([torch.zeros_like(flat_BF[:1]), flat_BF])))
+    return Raw(state.metric.raw_direction(White(white_BD[1:] - white_BD[0])).reshape(*change.shape[:-1], -1))
+
+
 def direction(state: TrainingState, feature: int) -> Raw:
     """What one unit of a feature adds to the raw activation, [D]: gain and un-whitening included."""
-    one_BF = torch.zeros(2, state.sae.width, device=state.device)
-    one_BF[1, feature] = 1.0
-    white_BD = state.sae.decode(code_of(state, one_BF))
-    return Raw(state.metric.raw_direction(White(white_BD[1] - white_BD[0])))
-
-
-def difference(state: TrainingState, before: Tensor, after: Tensor) -> Raw:
-    """decode(after) - decode(before) [..., D], exactly zero where the codes [..., F] are equal."""
-    flat = [z.reshape(-1, z.shape[-1]) for z in (before, after)]
-    white_BD = White(state.sae.decode(code_of(state, flat[1])) - state.sae.decode(code_of(state, flat[0])))
-    return Raw(state.metric.raw_direction(white_BD).reshape(*before.shape[:-1], -1))
+    one_F = torch.zeros(state.sae.width, device=state.device)
+    one_F[feature] = 1.0
+    return difference(state, one_F)
 
 
 def patch(state: TrainingState, edit: Edit) -> Callable[[Raw], Raw]:
@@ -81,7 +83,7 @@ def edited(state: TrainingState, fn: Callable[[Tensor], Tensor], *, error: bool)
 
     def edit(x: Raw, z: Tensor) -> Raw:
         after = fn(z.clone())
-        return Raw(x + difference(state, z, after)) if error else decode(state, after)
+        return Raw(x + difference(state, after - z)) if error else decode(state, after)
 
     return edit
 
