@@ -152,4 +152,4 @@ def test_questions_about_held_out_text() -> None:
     assert 0.4 < out["accuracy@1"] <= out["accuracy@8"] + 0.1
     assert out["accuracy@dense"] > 0.7
     assert out["accuracy@dense.ci_low"] < out["accuracy@dense"] < out["accuracy@dense.ci_high"]
-    assert out["documents"] > 3
+    assert out["documents"] >= 2
