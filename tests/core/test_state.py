@@ -52,6 +52,21 @@ def test_what_is_no_state_is_told() -> None:
         restore({"rng": rng()}, {"rng.device": text(bytes(5056))["device"]})
 
 
+# ------------------------------------------------------------------------------------------------------------ clipping
+def test_what_is_held_has_no_share_in_the_norm() -> None:
+    """A gain that stays where it is does not shorten the step of the others, however large its gradient is."""
+    steps = []
+    for slope in (0.0, 1e6):
+        plan = toy_plan(optimizer='{ use = "sgd", gain_scale = 0.0, max_norm = 0.5, momentum = 0.0 }')
+        state = build(plan, CPU)
+        sae, before = state.sae, state.sae.b_enc_F.detach().clone()
+        state.learner.descend(sae.b_enc_F.sum() + slope * sae.log_gain, state.clock)
+        steps.append(sae.b_enc_F.detach() - before)
+        assert float(sae.log_gain.detach()) == 0
+    assert float(steps[0].norm()) > 0
+    assert torch.equal(*steps)
+
+
 # ------------------------------------------------------------------------------------------------------------- moments
 @pytest.mark.parametrize("use", ["adam", "sgd"])
 def test_moments_come_back(use: str) -> None:
