@@ -15,7 +15,7 @@ from attrs import evolve
 from spalf_pam.commands import pam
 from spalf_pam.study import load
 from spalf_pam.study.data import Rows, mnist, read_idx
-from spalf_pam.study.fit import METHODS, PAM, PUBLISHED, SGD, Score, Settings, fit
+from spalf_pam.study.fit import AT_EQUAL_ERROR, METHODS, PAM, PUBLISHED, SGD, Score, Settings, fit
 from spalf_pam.study.tables import Cell, frontier_table, ratios, sweep_table
 from typer.testing import CliRunner
 
@@ -153,12 +153,13 @@ def cell(method: str, weight: float, test: float, l0: float, seed: int = 0) -> C
 def test_l0_at_equal_error() -> None:
     """SGD: error 0.1 at L0 40, 0.4 at L0 10, hence 20 at error 0.2; outside of its errors nothing is said."""
     curve = [cell("SGD", 1.0, 0.1, 40.0), cell("SGD", 3.0, 0.4, 10.0)]
-    found = ratios([*curve, cell("PAM", 1.0, 0.2, 15.0), cell("PAM", 3.0, 0.5, 5.0), cell("PAM", 0.3, 0.4, 8.0)])
-    assert found == pytest.approx([0.75, 0.8])
-    assert "0.77 times that of SGD (0.75 to 0.80, 2 comparisons)" in frontier_table(
-        [*curve, cell("PAM", 1.0, 0.2, 15.0), cell("PAM", 3.0, 0.4, 8.0)]
-    )
-    assert "do not overlap" in frontier_table([*curve, cell("PAM", 1.0, 0.9, 15.0), cell("PAM", 3.0, 0.8, 8.0)])
+    near = [cell(PAM.name, 1.0, 0.2, 15.0), cell(PAM.name, 3.0, 0.4, 8.0)]
+    far = [cell("PAM, ridge 0.01", 1.0, 0.9, 15.0), cell("PAM, ridge 0.01", 3.0, 0.09, 5.0)]
+    assert ratios([*curve, *near, *far]) == pytest.approx([0.75, 0.8])
+    assert frontier_table([*curve, *near, *far]).splitlines()[-2:] == [
+        "d: PAM, ridge 0.01 and SGD do not overlap in error: nothing can be said of L0 at equal error.",
+        "d: PAM, ridge 0.1 at the test error of SGD: 0.77 times its L0 (0.75 to 0.80, 2 comparisons).",
+    ]
 
 
 def test_a_table_of_shares() -> None:
@@ -176,5 +177,5 @@ def test_the_command() -> None:
     assert told.stdout.count("| digits |") == 2 * 7 + 3
     assert "s of processor time" in told.stderr
     held = json.loads(CliRunner().invoke(pam, [*words, "--json"]).stdout)
-    assert {key: len(cells) for key, cells in held.items()} == {"sweep": 2 * 7 * 3, "frontier": 3 * 2}
+    assert {key: len(cells) for key, cells in held.items()} == {"sweep": 2 * 7 * 3, "frontier": 3 * len(AT_EQUAL_ERROR)}
     assert {c["features"] for c in held["sweep"]} == {45}

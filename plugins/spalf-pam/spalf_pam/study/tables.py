@@ -10,7 +10,7 @@ import torch
 from attrs import evolve, frozen
 
 from spalf_pam.study.data import Rows
-from spalf_pam.study.fit import METHODS, PAM, SGD, Method, Score, Settings, fit
+from spalf_pam.study.fit import AT_EQUAL_ERROR, METHODS, PAM, SGD, Method, Score, Settings, fit
 
 SHARES = (0.01, 0.05, 0.10, 0.25, 0.45, 0.50, 1.0)
 PENALTY = 1.0
@@ -45,12 +45,12 @@ def sweep(data: Rows, settings: Settings, seeds: int, tell: TELL) -> list[Cell]:
 
 
 def frontier(data: Rows, settings: Settings, seeds: int, tell: TELL) -> list[Cell]:
-    """ReLU on all rows at three penalties, by gradient steps and by PAM."""
+    """ReLU on all rows at three penalties, by gradient steps and by PAM at two ridges."""
     out = []
     for weight in PENALTIES:
         tell(f"{data.name}: ReLU at lambda {weight:g}")
         kind = evolve(settings, weight=weight)
-        out += [_cell(data, kind, method, 1.0, seed) for seed in range(seeds) for method in (SGD, PAM)]
+        out += [_cell(data, kind, method, 1.0, seed) for seed in range(seeds) for method in AT_EQUAL_ERROR]
     return out
 
 
@@ -108,24 +108,24 @@ def sweep_table(cells: Sequence[Cell]) -> str:
 
 
 def frontier_table(cells: Sequence[Cell]) -> str:
-    """Markdown: both methods at each penalty, and their L0 at equal error."""
-    lines = [_row(["data", "lambda", SGD.name, PAM.name]), _row(["---"] * 4)]
+    """Markdown: each method at each penalty, and L0 at equal error."""
+    methods = [m.name for m in AT_EQUAL_ERROR]
+    lines = [_row(["data", "lambda", *methods]), _row(["---"] * (2 + len(methods)))]
     for name, weight in dict.fromkeys((c.data, c.weight) for c in cells):
         mine = [c for c in cells if (c.data, c.weight) == (name, weight)]
-        scores = [_both([c.score for c in mine if c.method == m]) for m in (SGD.name, PAM.name)]
-        lines.append(_row([name, f"{weight:g}", *scores]))
+        lines.append(_row([name, f"{weight:g}", *(_both([c.score for c in mine if c.method == m]) for m in methods)]))
     for name in dict.fromkeys(c.data for c in cells):
-        found = ratios([c for c in cells if c.data == name])
-        lines += ["", f"{name}: {_verdict(found)}"]
+        mine = [c for c in cells if c.data == name]
+        lines += ["", *(f"{name}: {m} {_verdict(ratios(mine, m))}" for m in methods if m != SGD.name)]
     return "\n".join(lines)
 
 
 def _verdict(found: Sequence[float]) -> str:
     if not found:
-        return "the curves do not overlap, so nothing can be said of L0 at equal error."
+        return f"and {SGD.name} do not overlap in error: nothing can be said of L0 at equal error."
     mean = math.exp(fmean(math.log(r) for r in found))
     span = f"{min(found):.2f} to {max(found):.2f}, {len(found)} comparisons"
-    return f"at equal test error, L0 of PAM is {mean:.2f} times that of SGD ({span})."
+    return f"at the test error of {SGD.name}: {mean:.2f} times its L0 ({span})."
 
 
 def _both(scores: Sequence[Score]) -> str:
