@@ -57,6 +57,7 @@ def ready(name: str, steps: int = 0) -> tuple[Plan, TrainingState]:
 
 
 @EACH
+@pytest.mark.slow
 def test_training_improves_on_its_start(name: str) -> None:
     plan, state = ready(name)
     before = evaluate(plan, state, ["dictionary"])["dictionary"]
@@ -112,6 +113,7 @@ def test_what_each_preset_minimises(name: str) -> None:
 
 
 @EACH
+@pytest.mark.slow
 def test_resumed_it_is_the_uncut_run_to_the_bit(name: str, tmp_path: Path) -> None:
     """Threshold averages included; looking at the state on the way, as evaluators and exporters do, changes nothing."""
     plan, whole = ready(name, 12)

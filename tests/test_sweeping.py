@@ -105,6 +105,7 @@ def test_a_wrong_grid(over: list[str], said: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
+@pytest.mark.slow
 def test_a_sweep_leaves_runs_rows_and_a_plot(swept: Path) -> None:
     assert sorted(p.name for p in swept.iterdir()) == [*NAMES, "frontier.svg", "results.jsonl"]
     rows = [json.loads(line) for line in (swept / "results.jsonl").read_text().splitlines()]
@@ -120,6 +121,7 @@ def test_a_sweep_leaves_runs_rows_and_a_plot(swept: Path) -> None:
     ET.fromstring((swept / "frontier.svg").read_text())
 
 
+@pytest.mark.slow
 def test_a_finished_point_is_not_trained_again(recipe: Path, swept: Path) -> None:
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in swept.rglob("*") if p.is_file() and p.parent != swept}
     said, begin = told()
@@ -141,6 +143,7 @@ class Stopper:
             run.stop()
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_where_it_was(recipe: Path, swept: Path, tmp_path: Path) -> None:
     stopped = sweep(recipe, over=GRID, sets=SHORT, out=tmp_path, device="cpu", observers=[Stopper(7)])
     assert (stopped.outcome, stopped.rows) == ("stopped", ())
@@ -153,6 +156,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(recipe: Path, swept: Path, tmp_pat
     assert [row["l0"] for row in done.rows] == [row["l0"] for row in uncut], "cut and uncut runs are the same runs"
 
 
+@pytest.mark.slow
 def test_a_point_that_was_killed_before_a_checkpoint_starts_anew(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "seed-1"
     run.mkdir()
@@ -162,6 +166,7 @@ def test_a_point_that_was_killed_before_a_checkpoint_starts_anew(recipe: Path, t
     assert said == ["1/1 seed-1 train"]
 
 
+@pytest.mark.slow
 def test_a_point_that_fails_does_not_end_the_sweep(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +187,7 @@ def test_a_point_that_fails_does_not_end_the_sweep(
     assert (tmp_path / "frontier.svg").read_text().count('<circle class="dot"') == 1
 
 
+@pytest.mark.slow
 def test_all_points_are_checked_before_one_is_trained(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         sweep(recipe, over=["knobs.R2_target=0.8,1.5", "knobs.lr=1e-3,-1.0"], out=tmp_path)
@@ -191,6 +197,7 @@ def test_all_points_are_checked_before_one_is_trained(recipe: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_directory_of_another_sweep_is_refused(recipe: Path, swept: Path) -> None:
     with pytest.raises(RecipeError, match=r"recipe.toml: is another recipe than this point's \(give another --out\)"):
         sweep(recipe, over=GRID, sets=["budget.tokens=5120"], out=swept)
@@ -248,6 +255,7 @@ def test_text_is_escaped_and_nothing_is_no_plot() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- command line
+@pytest.mark.slow
 def test_the_command_tells_points_rows_and_files(recipe: Path, swept: Path) -> None:
     words = ["sweep", str(recipe), *(w for o in GRID for w in ("--over", o)), *(w for s in SHORT for w in ("--set", s))]
     shown = CliRunner().invoke(app, [*words, "--out", str(swept), "--device", "cpu"], env={"COLUMNS": "160"})

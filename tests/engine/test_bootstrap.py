@@ -137,6 +137,7 @@ def test_a_state_does_not_differ_from_itself() -> None:
     assert (same.value, same.low, same.high, same.exceeds_noise) == (0.0, 0.0, 0.0, False)
 
 
+@pytest.mark.slow
 def test_no_difference_is_found_in_noise_too_often() -> None:
     found = sum(
         differences(tallied(*clustered(s)), tallied(clustered(s)[0], clustered(s + 1000)[1]), s)["mean"].exceeds_noise

@@ -140,6 +140,7 @@ def test_the_sums_of_a_step_have_one_order() -> None:
         assert torch.equal(one[name], two[name]), name
 
 
+@pytest.mark.slow
 def test_a_list_that_is_cut_changes_nothing_and_the_next_is_longer() -> None:
     ops = fused.FusedOps(compute="float32")
     made, x_BD = learner(ops, SHAPES[1])

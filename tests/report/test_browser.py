@@ -18,9 +18,12 @@ from .conftest import HOSTILE, data_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None or DRIVER is None, reason="no chromium and chromedriver on PATH: the page is not opened"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None or DRIVER is None, reason="no chromium and chromedriver on PATH: the page is not opened"
+    ),
+]
 FLAGS = (
     "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update "
     "disable-sync hide-scrollbars"
@@ -325,7 +328,6 @@ def test_on_a_phone_the_list_and_the_feature_take_turns(browser: Browser, small:
     browser.until("return document.querySelector('.finder').offsetParent !== null")
 
 
-@pytest.mark.slow
 def test_four_thousand_features_stay_quick(
     browser: Browser, plan: Plan, record: RunRecord, many: Atlas, write: Callable[[str], Path]
 ) -> None:
