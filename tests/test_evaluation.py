@@ -16,6 +16,8 @@ from spalf.evaluation import Compared, Comparison, compare, kept
 from spalf.evaluation import evaluate as measure
 from spalf.testing.whole import TOY
 
+pytestmark = pytest.mark.slow  # together more than `make check` has time for
+
 SHORT = ["budget.tokens=2560", "record.log_every=5"]
 
 

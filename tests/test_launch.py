@@ -18,6 +18,8 @@ from spalf.engine import checkpoint, evaluate
 from spalf.errors import CheckpointError, DeadConstraintError, DivergedError, RecipeError, RunError, SourceError
 from spalf.testing.whole import TOY, moved, snapshot
 
+pytestmark = pytest.mark.slow  # together more than `make check` has time for
+
 # 20 steps.
 SHORT = ["budget.tokens=2560", "record.log_every=5"]
 WRITTEN = ["checkpoints", "features.json", "metrics.jsonl", "plan.json", "recipe.toml", "summary.json"]

@@ -19,6 +19,8 @@ from spalf.loaded import Codes, Loaded
 from spalf.testing import toy_plan
 from spalf.testing.whole import CPU, moved, snapshot, stage_for, started
 
+pytestmark = pytest.mark.slow  # together more than `make check` has time for
+
 TEXT = "def f(x):\n    return x"
 TOKENS = ("<|endoftext|>", "def", " f", "(", "x", "):", "\n    ", "return", " x")
 

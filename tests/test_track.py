@@ -18,6 +18,8 @@ from spalf.errors import ComponentError, RecipeError
 from spalf.testing.whole import TOY
 from spalf.track import Tracking, flat
 
+pytestmark = pytest.mark.slow  # together more than `make check` has time for
+
 SHORT = ["budget.tokens=2560", "record.log_every=3", "record.save_every=5", "record.keep=9"]
 BOTH = 'record.track=["csv","tensorboard"]'
 

@@ -17,6 +17,8 @@ from spalf.errors import SourceError
 from spalf.testing import toy_plan
 from spalf.testing.whole import moved, snapshot, stage_for, started
 
+pytestmark = pytest.mark.slow  # together more than `make check` has time for
+
 S = 40
 
 

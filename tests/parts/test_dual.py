@@ -105,6 +105,7 @@ def test_out_of_reach_ends_at_the_limit(cls: type) -> None:
 RARE = [(Pi(), 24_000), (NuPi(), 24_000), (Ascent(), 16_000), (Adrc(memory=25.0, delay=0.0), 16_000)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dual", "steps"), RARE, ids=lambda x: label(type(x)).use if not isinstance(x, int) else "")
 def test_default_gains_settle_on_a_clock_of_100(dual: Any, steps: int) -> None:
     problems, filter = Bank.of(bank()), DualRateEma(every=100)

@@ -33,6 +33,8 @@ from spalf.parts.evaluator.downstream import _measure
 from spalf.testing import conform, toy_plan
 from spalf.testing.whole import CPU, enter, language_plan, moved, snapshot, stage_for, started, through
 
+pytestmark = pytest.mark.slow  # together more than `make check` has time for
+
 EVALUATORS = [getattr(module, name) for name in module.__all__]
 CHECKS = [pytest.param(check, id=f"{label(cls).use}-{check.__name__}") for cls in EVALUATORS for check in conform(cls)]
 

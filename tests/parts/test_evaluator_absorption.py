@@ -23,6 +23,8 @@ from spalf.parts.evaluator.absorption import LETTERS, WORD, FeatureAbsorption
 from spalf.testing import toy_plan
 from spalf.testing.whole import CPU
 
+pytestmark = pytest.mark.slow  # together more than `make check` has time for
+
 EACH = 6
 """Words of a letter."""
 WORDS = [f" {letter}{chr(97 + i) * 2}" for letter in LETTERS for i in range(EACH)]

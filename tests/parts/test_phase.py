@@ -95,6 +95,7 @@ def test_takes_no_gradient_and_spends_no_budget() -> None:
     assert all(p.grad is None for _, p in state.sae.named_parameters())
 
 
+@pytest.mark.slow
 def test_rows_are_unit_and_tied() -> None:
     for plan in (toy_plan(), language_plan()):
         state = build(plan, CPU)
@@ -147,6 +148,7 @@ def test_the_gain_is_least_squares() -> None:
     assert all(((y - factor * gain * r) ** 2).sum() > best for factor in (0.98, 1.02))
 
 
+@pytest.mark.slow
 def test_anchors_are_kept_in_the_state() -> None:
     plan = language_plan()
     state = build(plan, CPU)

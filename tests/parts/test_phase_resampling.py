@@ -25,6 +25,8 @@ from spalf.parts.phase.resampling import Resampling, silent
 from spalf.testing import toy_plan
 from spalf.testing.whole import advance, enter, moved, snapshot, started
 
+pytestmark = pytest.mark.slow  # together more than `make check` has time for
+
 PHASE = '{{ use = "resampling", constraints = [{}], gate = "exhausted", every = {}, window = {}, until = {} }}'
 DEAD = torch.tensor([3, 4, 17, 40, 63])
 

@@ -30,6 +30,8 @@ from spalf.testing import toy_plan
 from spalf.testing.tiny_model import write_model, write_text
 from spalf.testing.whole import started
 
+pytestmark = pytest.mark.slow  # together more than `make check` has time for
+
 CPU = torch.device("cpu")
 TEXTS = [
     {"a": f"the cat number {i} sat", "b": f"the cats number {i} sit", "labels": {"plural": 1, "past": -1}}

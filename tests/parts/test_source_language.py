@@ -20,6 +20,8 @@ from spalf.parts.source.hooks import check_hook
 from spalf.parts.source.language import LanguageStream
 from spalf.testing.tiny_model import write_model, write_text, write_tokenizer
 
+pytestmark = pytest.mark.slow  # together more than `make check` has time for
+
 CPU = torch.device("cpu")
 LAYERS = 3
 COMMON = {"vocab_size": 272, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

@@ -12,6 +12,7 @@ from spalf.report import pack, unpack
 from spalf.testing.whole import stage_for
 
 
+@pytest.mark.slow
 def test_there_and_back(seen: Atlas) -> None:
     packed = json.loads(json.dumps(pack(seen), allow_nan=False))
     back = unpack(packed)
