@@ -81,6 +81,7 @@ def run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "shift_l1"
 
 
+@pytest.mark.slow
 def test_a_run_and_its_evaluators(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["outcome"], summary["step"]) == ("done", 75)
@@ -93,6 +94,7 @@ def test_a_run_and_its_evaluators(run: Path) -> None:
     assert 0.0 <= found["steering_accuracy"]["accuracy"] <= 1.0
 
 
+@pytest.mark.slow
 def test_the_checkpoint_names_the_package(run: Path) -> None:
     newest = max((run / "checkpoints").iterdir(), key=lambda p: p.stat().st_mtime)
     components = json.loads((newest / "metadata.json").read_text())["components"]
@@ -100,6 +102,7 @@ def test_the_checkpoint_names_the_package(run: Path) -> None:
     assert components["dual.cooper"].startswith("spalf-shift ")
 
 
+@pytest.mark.slow
 def test_a_signed_dictionary_is_not_exported_as_another(run: Path, tmp_path: Path) -> None:
     with pytest.raises(spalf.CheckpointError, match="both signs"):
         spalf.export(run, tmp_path / "dictionary")

@@ -48,7 +48,7 @@ class Bilinear(ConstrainedMinimizationProblem):
         return CMPState(loss=-x.sum(), observed_constraints={self.bound: ConstraintState(violation=x)})
 
 
-def distance(scheme: str, steps: int = 200) -> float:
+def distance(scheme: str, steps: int = 600) -> float:
     """The least one from the saddle in the last two thirds of the steps; it begins at sqrt(1 + 0.25)."""
     law, game, lam_M = Cooper(rate=0.1), Game(torch.optim.SGD, lr=0.1), torch.tensor([1.5])
     out = []
@@ -73,7 +73,7 @@ def cast_primal(game: Game) -> Any:
 
 def test_a_half_step_converges_where_descent_and_ascent_cycle() -> None:
     assert distance("simultaneous") > 0.9, "plain descent and ascent come no nearer"
-    assert distance("extrapolation") < 0.3
+    assert distance("extrapolation") < 0.1
 
 
 def test_moments_are_moved_once_by_the_second_gradient() -> None:
