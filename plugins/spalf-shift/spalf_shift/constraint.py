@@ -42,10 +42,10 @@ class CodeLevel:
         return settled
 
     def derive(self, plan: Plan) -> list[Derived]:
-        """The level's row for `spalf compile`."""
+        """The budget's row for `spalf compile`."""
         is_derived = self.level == self._derived(plan.facts.d_model, plan.knobs.F)
         formula = "sqrt(L0_target * d_model) / F" if is_derived else "given"
-        return [Derived(path="level", value=self.level, formula=formula, origin="knobs.L0_target")]
+        return [Derived(path="budget", value=self.level, formula=formula, origin="knobs.L0_target")]
 
     def _derived(self, d_model: int, width: int) -> float:
         return math.sqrt(self.target * d_model) / width
