@@ -139,7 +139,7 @@ def checks(cls: type, component: Any) -> list[Check]:
 def _with_phase(component: Any) -> Plan:
     """The toy plan with `component` as its second phase; `calibrate`, which must come first, as its only one.
 
-    A phase that asks for another recipe around it says so in its module's PLANS: by (slot, use), settings of `toy_plan`.
+    A phase that needs another recipe around it says so in its module's PLANS: by (slot, use), settings of `toy_plan`.
     """
     ref = label(type(component))
     around = getattr(sys.modules.get(type(component).__module__), "PLANS", {}).get((ref.slot, ref.use), {})
