@@ -59,7 +59,7 @@ def show_component(
         show(*component_parts(described))
 
 
-@presets.command("list")
+@presets.command("list", epilog="Example: spalf presets list --json")
 def list_presets(as_json: Json = False) -> None:
     """List the presets with the first line of each."""
     from spalf.assembly import toml
@@ -87,7 +87,7 @@ def show_preset(
     typer.echo(toml.preset(name), nl=False)
 
 
-@plugins.command("list")
+@plugins.command("list", epilog="Example: spalf plugins list --json")
 def list_plugins(as_json: Json = False) -> None:
     """List the packages that offer components, commands or observers."""
     from spalf.cli.describe import plugin_rows

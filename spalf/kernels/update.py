@@ -55,10 +55,13 @@ class Shares:
 
 
 def fits(learner: Learner) -> bool:
-    """Whether one pass can do what this learner's rule and strata ask: plain Adam on rows that are free or unit."""
+    """Whether one pass can do what this learner asks: plain Adam on both matrices, whose rows are free or unit."""
     known = all(hasattr(s, "sphere") for s in learner.strata.values())
-    fused = all(bool(g.get("fused")) for g in learner.optimizer.param_groups)
-    return learner.rule.rule == "adam" and known and fused
+    groups = learner.optimizer.param_groups
+    trained = {id(p) for group in groups for p in group["params"] if p.requires_grad}
+    moves_both = {id(learner.sae.W_dec_FD), id(learner.sae.W_enc_FD)} <= trained
+    fused = all(bool(group.get("fused")) for group in groups)
+    return learner.rule.rule == "adam" and known and fused and moves_both
 
 
 def _moments(learner: Learner, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -200,3 +200,12 @@ def test_turning_lists_over_is_a_transpose() -> None:
         assert torch.equal(by.row_N[begin:end].long(), row_N[flat == f])
     counts = torch.bincount(flat, minlength=width + 1)[:width]
     assert torch.equal(counts[by.order_F.long()], counts.sort(descending=True).values)
+
+
+@pytest.mark.parametrize("frozen", ["W_enc_FD", "W_dec_FD"])
+def test_a_matrix_that_is_held_is_left_to_the_optimizer(frozen: str) -> None:
+    made, x_BD = learner(fused.FusedOps(compute="float32"), (3, 4, 40))
+    getattr(made.sae, frozen).requires_grad_(False)
+    before = getattr(made.sae, frozen).clone()
+    made.descend((made.sae.decode(made.sae.encode(White(x_BD))) - x_BD).square().mean(), Clock(step=0, total=10))  # type: ignore[arg-type]
+    assert torch.equal(getattr(made.sae, frozen), before)
