@@ -3,7 +3,7 @@
 #   make demo             train a small dictionary on the embedded model
 #   make check            linters and fast tests, under two minutes
 #   make test             linters and all tests
-#   make peers            .venv-peers: SAELens and dictionary_learning, which tests/peers compares with
+#   make peers            .venv/peers: SAELens and dictionary_learning, which tests/peers compares with
 #   make docs bench plugins clean
 # Variables: PYTHON=python3.12 (setup), ARGS="-k dual" (passed on), BENCH=name (one benchmark).
 .DEFAULT_GOAL := help
@@ -42,5 +42,5 @@ docs: $(STAMP)
 	@.venv/bin/python docs/build.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv.lock .venv-peers .venv-peers.lock .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info plugins/*/*.egg-info
+	rm -rf .venv .venv.lock .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info plugins/*/*.egg-info
 	find spalf plugins tests docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,3 +63,23 @@ def same_start() -> Iterator[None]:
 def device() -> torch.device:
     """The fastest device there is."""
     return torch.device("cuda" if HAS_CUDA else "cpu")
+
+
+@pytest.fixture(scope="module")
+def few_rows() -> Iterator[None]:
+    """What a run measures at its end, on few rows."""
+    from spalf.engine import evaluate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "ROWS", 512)
+        yield
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy recipe as a file, for tests that start where a user starts."""
+    from spalf.testing.whole import TOY
+
+    path = tmp_path_factory.mktemp("recipes") / "toy.toml"
+    path.write_text('extends = "spalf"\n' + TOY)
+    return path

@@ -36,7 +36,7 @@ from spalf.core.slots import SLOTS
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "coming_from.md"
 PRESETS = sorted(p.stem for p in (ROOT / "spalf" / "presets").glob("*.toml"))
-PEERS = ROOT / ".venv-peers" / "lib"
+PEERS = ROOT / ".venv" / "peers" / "lib"
 TEXT = PAGE.read_text(encoding="utf-8")
 CODE = re.compile(r"`([^`\n]+)`")
 NOTHING = attrs.NOTHING

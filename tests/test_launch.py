@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from spalf import hookimpl, launch, training
-from spalf.engine import checkpoint, evaluate
+from spalf.engine import checkpoint
 from spalf.errors import CheckpointError, DeadConstraintError, DivergedError, RecipeError, RunError, SourceError
-from spalf.testing.whole import TOY, moved, snapshot
+from spalf.testing.whole import moved, snapshot
 
-pytestmark = pytest.mark.slow  # together more than `make check` has time for
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_rows")]  # together more than `make check` has time for
 
 # 20 steps.
 SHORT = ["budget.tokens=2560", "record.log_every=5"]
 WRITTEN = ["checkpoints", "features.json", "metrics.jsonl", "plan.json", "recipe.toml", "summary.json"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_rows() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "ROWS", 512)
-        yield
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recipes") / "toy.toml"
-    path.write_text('extends = "spalf"\n' + TOY)
-    return path
 
 
 def run(recipe: Path, out: Path, *sets: str, **options: Any) -> launch.Result:

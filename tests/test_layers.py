@@ -333,7 +333,7 @@ def test_plugins_use_the_public_names(path: Path) -> None:
 
 
 TOP_LEVEL = names(
-    "pyproject.toml README.md LICENSE CHANGELOG.md Makefile constraints.txt constraints-peers.txt .gitignore "
+    "pyproject.toml README.md LICENSE CHANGELOG.md Makefile constraints.txt .gitignore "
     "spalf plugins recipes tests docs .ci"
 )
 

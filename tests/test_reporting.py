@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,12 @@ import pytest
 
 import spalf
 from spalf import launch, report, reporting
-from spalf.engine import evaluate
 from spalf.errors import CheckpointError, RecipeError, SpalfError
-from spalf.testing.whole import LANGUAGE, TOY
+from spalf.testing.whole import LANGUAGE
 
 SHORT = ["budget.tokens=2560", "record.log_every=5", "evaluator.feature_absorption=false"]
 FEW = {"tokens": 512, "device": "cpu"}
-pytestmark = pytest.mark.slow  # a run is trained first
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_rows() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "ROWS", 512)
-        yield
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recipes") / "toy.toml"
-    path.write_text('extends = "spalf"\n' + TOY)
-    return path
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_rows")]  # a run is trained first
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,15 @@ from typer.testing import CliRunner
 
 from spalf import hookimpl, launch
 from spalf.cli import app
-from spalf.engine import evaluate
 from spalf.errors import DivergedError, RecipeError
 from spalf.sweeping import Point, points, sweep
 from spalf.sweeping.plot import Mark, panels, pareto, svg, ticks
-from spalf.testing.whole import TOY
+
+pytestmark = pytest.mark.usefixtures("few_rows")
 
 SHORT = ["budget.tokens=2560", "record.log_every=5"]
 GRID = ["knobs.R2_target=0.7,0.8", "seed=1,2"]
 NAMES = ["R2_target-0.7+seed-1", "R2_target-0.7+seed-2", "R2_target-0.8+seed-1", "R2_target-0.8+seed-2"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_rows() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "ROWS", 512)
-        yield
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recipes") / "toy.toml"
-    path.write_text('extends = "spalf"\n' + TOY)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -6,36 +6,19 @@ import csv
 import json
 import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from spalf import hookimpl, hooks, launch, plugins
-from spalf.engine import evaluate
 from spalf.errors import ComponentError, RecipeError
-from spalf.testing.whole import TOY
 from spalf.track import Tracking, flat
 
-pytestmark = pytest.mark.slow  # together more than `make check` has time for
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_rows")]  # together more than `make check` has time for
 
 SHORT = ["budget.tokens=2560", "record.log_every=3", "record.save_every=5", "record.keep=9"]
 BOTH = 'record.track=["csv","tensorboard"]'
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_rows() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "ROWS", 512)
-        yield
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recipes") / "toy.toml"
-    path.write_text('extends = "spalf"\n' + TOY)
-    return path
 
 
 def run(recipe: Path, out: Path, *sets: str, **options: Any) -> Path:

@@ -105,6 +105,21 @@ class Sequences:
             yield Sequences(tokens_ST=self.tokens_ST[part], real_ST=self.real_ST[part], document_ST=document_ST)
 
 
+def per_feature(value_BK: Tensor, index_BK: Tensor | None, width: int) -> Tensor:
+    """Sum over rows of one value per entry, [width]; what stands at padding is dropped.
+
+    On CUDA by atomics, whose order changes the last bit of a float from run to run.
+    """
+    if index_BK is None:
+        return value_BK.sum(0)
+    index_N, spare = index_BK.reshape(-1), 1
+    if value_BK.is_cuda:
+        # Padding is most of a list: spread over many sums, for the atomics of a single one would queue.
+        spare = 1024
+        index_N = index_N + (index_N == width) * (torch.arange(len(index_N), device=index_N.device) % spare)
+    return value_BK.new_zeros(width + spare).index_add_(0, index_N, value_BK.reshape(-1))[:width]
+
+
 @frozen(kw_only=True, eq=False)
 class Code:
     """A sparse code, dense (`index_BK` is None and K = F) or compact.
@@ -138,16 +153,7 @@ class Code:
     def fired_F(self) -> Tensor:
         """How many rows of this batch fired each feature, int64."""
         on = (self.gate_BK.detach() > 0).to(torch.int64)
-        if self.index_BK is None:
-            return on.sum(0)
-        index_N = self.index_BK.reshape(-1)
-        spare = 1
-        if on.is_cuda:
-            # Padding spread over many counts: atomics on a single one would queue.
-            spare = 1024
-            index_N = index_N + (index_N == self.width) * (torch.arange(len(index_N), device=on.device) % spare)
-        counts = torch.zeros(self.width + spare, dtype=torch.int64, device=on.device)
-        return counts.scatter_add_(0, index_N, on.reshape(-1))[: self.width]
+        return per_feature(on, self.index_BK, self.width)
 
 
 @frozen(kw_only=True, eq=False)

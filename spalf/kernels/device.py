@@ -75,16 +75,6 @@ def gather_dots(index, count, grad, weight, out, capacity, dim, BLOCK_K: tl.cons
 
 
 @triton.jit
-def add_per_feature(index, value, out, total, width, BLOCK: tl.constexpr):
-    """out[index] += value over listed entries whose value is not 0: padding and silent entries cost no atomic."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < total
-    v = tl.load(value + at, mask=inside, other=0.0)
-    f = tl.load(index + at, mask=inside & (v != 0.0), other=width)
-    tl.atomic_add(out + f, v, mask=inside & (v != 0.0) & (f < width), sem="relaxed")
-
-
-@triton.jit
 def sum_by_feature(starts, row, value, x, out, order, total, dim, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """out[f] = sum of value * x[row] over the entries of feature f, which lie at starts[f] to starts[f + 1]."""
     f = tl.load(order + tl.program_id(0)).to(tl.int64)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spalf.core.protocols import Autoencoder
 from spalf.core.state import Learner
-from spalf.core.values import Code, White
+from spalf.core.values import Code, White, per_feature
 from spalf.kernels import coactivation, lists, reference, update
 
 # Listed entries per row, as a share of the features, above which dense products are faster than gathers.
@@ -50,7 +50,7 @@ class _Pre(torch.autograd.Function):
         else:
             by = lists.turn_over([found.index_BK], width)
             grad_weight = lists.sum_by_feature(by, by.take(grad_BK), white_BD, width)
-            grad_bias = lists.add_per_feature(grad_BK, found.index_BK, width)
+            grad_bias = per_feature(grad_BK, found.index_BK, width)
         return grad_white, grad_weight, grad_bias, None, None, None
 
 

@@ -93,16 +93,6 @@ def gather_dots(index_BK: Tensor, count_B: Tensor, grad_BD: Tensor, weight_FD: T
     return out_BK
 
 
-def add_per_feature(value_BK: Tensor, index_BK: Tensor, width: int) -> Tensor:
-    """Sum of the listed values of each feature, [F]; by atomics, whose order changes the last bit from run to run."""
-    out_F = torch.zeros(width, device=value_BK.device)
-    total, block = value_BK.numel(), 1024
-    device.add_per_feature[(triton.cdiv(total, block),)](
-        index_BK, value_BK.contiguous(), out_F, total, width, BLOCK=block
-    )
-    return out_F
-
-
 @frozen(kw_only=True, eq=False)
 class ByFeature:
     """The entries of one or several lists sorted by feature, rows ascending within one: a sparse matrix turned over.

@@ -28,7 +28,7 @@ from spalf.engine.step import assess, dead_window
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = Path(__file__).with_name("reference")
-PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+PYTHON = ROOT / ".venv" / "peers" / "bin" / "python"
 Tensors = dict[str, Tensor]
 
 

@@ -18,18 +18,6 @@ def listed(value_F: Tensor, index_BK: Tensor | None, padding: float) -> Tensor:
     return torch.cat([value_F, value_F.new_full((1,), padding)])[index_BK]
 
 
-def per_feature(value_BK: Tensor, index_BK: Tensor | None, width: int) -> Tensor:
-    """Sum over rows, [F]; entries at index F are dropped."""
-    if index_BK is None:
-        return value_BK.sum(0)
-    if value_BK.is_cuda:
-        from spalf.kernels import lists  # padding, most of a list, would queue for one atomic
-
-        return lists.add_per_feature(value_BK, index_BK, width)
-    sums = value_BK.new_zeros(width + 1)
-    return sums.index_add_(0, index_BK.reshape(-1), value_BK.reshape(-1))[:width]
-
-
 def upper_quantiles(pre_BC: Tensor, density: float) -> Tensor:
     """Per column a number that a share `density` of its entries exceeds, at least one and at most all but one, [C].
 

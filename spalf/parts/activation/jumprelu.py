@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from spalf.core.protocols import Activator
 from spalf.core.recipe import Derived, Plan
 from spalf.core.slots import activation
-from spalf.parts.activation.entries import listed, per_feature, upper_quantiles, wide
+from spalf.core.values import per_feature
+from spalf.parts.activation.entries import listed, upper_quantiles, wide
 
 # Interquartile range of a unit Gaussian: the spread of a whitened pre-activation before any calibration.
 _GAUSSIAN_IQR = 1.349
