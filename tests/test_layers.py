@@ -37,7 +37,7 @@ def names(text: str) -> frozenset[str]:
 
 TENSORS = names("attrs attr torch")
 ENGINE = TENSORS | names("safetensors")
-VERBS = names("launch exchange reporting evaluation sweeping")
+VERBS = names("launch exchange reporting evaluation sweeping bench")
 UNITS = {
     "errors": Unit(layer=0, third_party=names("attrs attr")),
     "core": Unit(layer=1, third_party=TENSORS),
@@ -63,6 +63,7 @@ UNITS = {
     "evaluation": Unit(layer=7, third_party=TENSORS, also=names("launch")),
     "reporting": Unit(layer=7, third_party=names("attrs"), also=names("launch evaluation")),
     "exchange": Unit(layer=7, third_party=ENGINE, lazy=names("huggingface_hub"), also=names("launch")),
+    "bench": Unit(layer=7, third_party=ENGINE | names("tomli"), also=names("launch evaluation exchange sweeping")),
     "cli": Unit(layer=7, third_party=ENGINE | names("typer rich"), also=VERBS | {"__init__"}),
     "__init__": Unit(layer=7, third_party=TENSORS, also=VERBS),
     "__main__": Unit(layer=7, third_party=frozenset(), also=names("cli __init__")),

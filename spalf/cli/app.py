@@ -12,7 +12,7 @@ import typer
 from attrs import frozen
 
 import spalf
-from spalf.cli import catalogue, exchange, intervene, look, measure, sweep
+from spalf.cli import bench, catalogue, exchange, intervene, look, measure, sweep
 from spalf.cli.arguments import Device, Json, RecipeArg, RunArg, Sets, StopAt
 from spalf.cli.group import Group
 from spalf.cli.terminal import console, note, show, write_json
@@ -202,6 +202,7 @@ def _wrote(ctx: typer.Context, path: Path) -> None:
         note(f"wrote {path}")
 
 
+bench.add_to(app)
 exchange.add_to(app)
 intervene.add_to(app)
 look.add_to(app)

@@ -1,0 +1,1 @@
+"""Benchmarks: spalf beside the libraries that do the same, by commands that anyone can run again."""
