@@ -90,19 +90,21 @@ class Sequences:
     """Whole contexts of token ids. `real_ST` is False at padding; position 0 has no context and is never patched.
 
     `document_ST` names the document of each token by an int64 id, the same wherever the document is met again; None
-    where a source does not know, and then each context counts as a document.
+    where a source does not know, and then each context counts as a document. `is_padded` is False where the maker
+    knows that all is real: to find out from the tensor is to wait for the device.
     """
 
     tokens_ST: Tensor
     real_ST: Tensor
     document_ST: Tensor | None = None
+    is_padded: bool = True
 
     def split(self, n: int) -> Iterator[Sequences]:
         """The same contexts, `n` at a time."""
         for begin in range(0, self.tokens_ST.shape[0], n):
             part = slice(begin, begin + n)
             document_ST = None if self.document_ST is None else self.document_ST[part]
-            yield Sequences(tokens_ST=self.tokens_ST[part], real_ST=self.real_ST[part], document_ST=document_ST)
+            yield evolve(self, tokens_ST=self.tokens_ST[part], real_ST=self.real_ST[part], document_ST=document_ST)
 
 
 def per_feature(value_BK: Tensor, index_BK: Tensor | None, width: int) -> Tensor:
