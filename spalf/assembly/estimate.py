@@ -25,6 +25,8 @@ def rows(plan: Plan) -> list[Derived]:
 def _memory(plan: Plan, parameters: int) -> list[Derived]:
     facts, B, F, L0 = plan.facts, plan.recipe.budget.batch, plan.knobs.F, plan.knobs.L0_target
     start = float(getattr(plan.recipe.activation, "start", 1.0))
+    block = facts.shuffle * facts.bytes_per_activation
+    overlap = int(bool(getattr(plan.recipe.source, "overlap", False)))
     per_number = facts.bytes_per_activation // max(1, facts.d_model)
     logits = {n: logits_bytes(getattr(plan.recipe.constraint[n], "sequences", 0), facts) for n in plan.constraints}
     causal = max((logits[n] for n in logits if "logits" in plan.recipe.constraint[n].needs), default=0)
@@ -34,7 +36,8 @@ def _memory(plan: Plan, parameters: int) -> list[Derived]:
         ("moments", 2 * FLOAT * parameters, "2 * 4 bytes * parameters, as Adam keeps them"),
         ("code_dense", 3 * FLOAT * B * F, "3 * 4 bytes * batch * F: pre, gate, z of a dense code"),
         ("code_compact", int(LISTED * B * start * L0), f"{LISTED} bytes * batch * {start:g} L0_target, at the start"),
-        ("shuffle", facts.shuffle * facts.bytes_per_activation, "shuffle * bytes per activation"),
+        ("shuffle", block, "shuffle * bytes per activation"),
+        ("shuffle_ahead", overlap * block, "the block that is harvested ahead on a GPU, with source.overlap"),
         ("model", facts.n_parameters * per_number, "model parameters * bytes per number"),
         ("logits", causal, "4 * 4 bytes * sequences * context * n_vocab, in the phases that patch the model"),
     ]

@@ -27,6 +27,7 @@ class Told:
     n_vocab: int = 1000
     gives: tuple[str, ...] = ("activations", "tokens", "logits", "unembedding")
     shuffle: int = 8192
+    overlap: bool = False
     broken: bool = False
 
     def facts(self) -> Facts:
@@ -239,6 +240,14 @@ def test_estimates_follow_their_formulas() -> None:
     assert values["flops.sae_dense"] == 8000 * 10 * 1000 * 64
     assert values["flops.sae_compact"] == 8000 * (2 * 1000 + 8 * 10) * 64
     assert values["flops.harvest"] == 8000 * 1e6
+
+
+def test_a_source_that_harvests_ahead_needs_one_more_block() -> None:
+    plain, ahead = plan_of(), plan_of("source.overlap=true")
+    assert row(ahead, "memory.shuffle_ahead.bytes").value == 8192 * 128
+    total = "memory.total.bytes"
+    assert (row(ahead, total).value or 0) - (row(plain, total).value or 0) == 8192 * 128
+    assert "memory.shuffle_ahead.bytes" not in {r.path for r in plain.derived}
 
 
 def test_every_row_says_where_it_comes_from() -> None:

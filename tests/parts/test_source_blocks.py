@@ -16,14 +16,16 @@ CPU = torch.device("cpu")
 
 
 class Counting:
-    """Row i is (i, -i); ends after `end` rows."""
+    """Row i is (i, -i), in passes of `stride`; ends after `end` rows, or raises after `broken`."""
 
-    def __init__(self, end: int = 10**6) -> None:
-        self.row, self.end, self.fills = 0, end, 0
+    def __init__(self, end: int = 10**6, stride: int = 1000, broken: int = 10**6) -> None:
+        self.row, self.end, self.fills, self.stride, self.broken = 0, end, 0, stride, broken
 
     def fill_(self, out_ND: Tensor) -> int:
         self.fills += 1
         n = min(len(out_ND), self.end - self.row)
+        if self.row + n > self.broken:
+            raise SourceError("the network is gone")
         rows = torch.arange(self.row, self.row + n)
         out_ND[:n] = torch.stack([rows, -rows], dim=1)
         self.row += n

@@ -18,9 +18,10 @@ from spalf.core.protocols import Stream
 from spalf.core.slots import source
 from spalf.core.values import Batch, Facts, Raw
 from spalf.errors import SourceError
+from spalf.parts.source.ahead import lane_of, put_
 from spalf.parts.source.bare import Bare
 from spalf.parts.source.blocks import HELD_OUT_ROWS, Blocks, derive_seed, generator
-from spalf.parts.source.shards import Manifest, Reader, read_manifest
+from spalf.parts.source.shards import ROWS_AT_ONCE, Manifest, Reader, read_manifest
 
 
 @source("activations")
@@ -35,6 +36,8 @@ class Activations:
     """Share of the rows, the last ones, kept from training where the directory has no held-out shards."""
     repeat: bool = True
     """Start over at the end, shards in another order."""
+    overlap: bool = True
+    """On a GPU, copy the next block there while the present one is used; takes the memory of one more block."""
 
     def facts(self) -> Facts:
         """From the manifest. Raises SourceError where it is missing or damaged."""
@@ -63,6 +66,10 @@ class _Supply:
         self._repeat, self._seed = repeat, seed
         self._epoch = self._part = self._row = 0
 
+    @property
+    def stride(self) -> int:
+        return ROWS_AT_ONCE
+
     def fill_(self, out_ND: Tensor) -> int:
         done = 0
         while done < len(out_ND):
@@ -74,7 +81,7 @@ class _Supply:
             span = self._spans[int(torch.randperm(len(self._spans), generator=draw)[self._part])]
             first = span.start + self._row
             n = min(len(out_ND) - done, span.stop - first)
-            out_ND[done : done + n].copy_(self._reader.rows(span.file, first, first + n))
+            put_(out_ND[done : done + n], self._reader.rows(span.file, first, first + n))
             done += n
             self._row += n
             if first + n == span.stop:
@@ -116,6 +123,7 @@ class ActivationsStream(Bare):
             dtype=manifest.dtype,
             device=device,
             seed=split_seed,
+            lane=lane_of(device, options.overlap and not held_out),
         )
 
     def next(self, n: int) -> Batch:

@@ -134,14 +134,20 @@ def costs_as_stated(d_model: int, n_vocab: int, n_layers: int) -> Costs:
     )
 
 
-def load_model(model: str, revision: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The causal language model, frozen and in evaluation mode. Attention is the architecture's own default (sdpa for
-    most; some, such as gemma2, are right only with eager)."""
+def load_model(
+    model: str, revision: str, dtype: torch.dtype, device: torch.device, attention: str | None = None
+) -> nn.Module:
+    """The causal language model, frozen and in evaluation mode. Raises SourceError where it cannot be had.
+
+    `attention` None is the architecture's own default (sdpa for most; some, such as gemma2, are right only with eager).
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     name, is_local = locate(model)
     extra = {} if is_local else {"revision": revision}
+    if attention is not None:
+        extra["attn_implementation"] = attention
     bars: Any = logging
     showed_bars = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()  # the terminal belongs to the command line

@@ -18,6 +18,7 @@ from spalf.core.protocols import Source, Stream
 from spalf.core.slots import source
 from spalf.core.values import Batch, Facts, Raw
 from spalf.errors import SourceError
+from spalf.parts.source.ahead import sent
 from spalf.parts.source.bare import Bare
 from spalf.parts.source.blocks import derive_seed, generator
 from spalf.parts.source.pairs import FILE, Pairs, read_facts, read_pairs
@@ -222,7 +223,7 @@ class DifferenceStream(Bare):
             self._row += len(piece_N)
             if self._row == total:
                 self._epoch, self._row = self._epoch + 1, 0
-        index_B = torch.cat(pieces).to(self._device)
+        index_B = sent(torch.cat(pieces), self._device)
         labels_NC = self._rows.labels_NC
         return Batch(x_BD=Raw(self._rows.delta_ND[index_B]), truth_BN=None if labels_NC is None else labels_NC[index_B])
 

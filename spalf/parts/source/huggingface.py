@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from attrs import field
-from attrs.validators import ge
+from attrs.validators import ge, in_
 from torch import Tensor, nn
 
 from spalf.core.protocols import Stream
@@ -29,6 +30,27 @@ def _stream_of(output: Any) -> Tensor:
     return x_STD
 
 
+@contextmanager
+def _unpacked() -> Iterator[None]:
+    """Inside, transformers takes it that positions run through each row, as they do where none are given.
+
+    It would look for a row with several sequences in it (`find_packed_sequence_indices`), and wait for the device to
+    answer: once a pass, in which the host could have queued training steps.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    before = getattr(masking_utils, name, None)
+    if before is None:  # another release, which does not look
+        yield
+        return
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, before)
+
+
 class ResidualModel:
     """A transformers model, hooked after one decoder block."""
 
@@ -37,7 +59,7 @@ class ResidualModel:
         self._block = checkpoint.decoder_layers(model)[layer]
 
     def activations(self, tokens_ST: Tensor, real_ST: Tensor | None) -> Tensor:
-        """[S, T, D] after the block; the blocks behind it do not run."""
+        """[S, T, D] after the block; what is behind it, final norm and unembedding included, does not run."""
         found: list[Tensor] = []
 
         def take(module: nn.Module, args: Any, output: Any) -> None:
@@ -46,7 +68,7 @@ class ResidualModel:
 
         handle = self._block.register_forward_hook(take)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), _unpacked():
                 self._model(input_ids=tokens_ST, attention_mask=real_ST, use_cache=False)
         except _Stop:
             pass
@@ -64,7 +86,8 @@ class ResidualModel:
 
         handle = self._block.register_forward_hook(replace) if patch is not None else None
         try:
-            logits_STV: Tensor = self._model(input_ids=tokens_ST, attention_mask=real_ST, use_cache=False).logits
+            with _unpacked():
+                logits_STV: Tensor = self._model(input_ids=tokens_ST, attention_mask=real_ST, use_cache=False).logits
         finally:
             if handle is not None:
                 handle.remove()
@@ -85,6 +108,8 @@ class Huggingface(LanguageOptions):
 
     layer: int = field(validator=ge(0))
     """Decoder block, counted from 0; the hook is behind it."""
+    attention: str = field(default="auto", validator=in_(("auto", "sdpa", "eager")))
+    """How attention is computed: auto is what transformers chooses for the architecture, sdpa for nearly all."""
 
     def facts(self) -> Facts:
         """From config.json, or from d_model, n_vocab and n_layers as stated. Raises SourceError with a remedy."""
@@ -100,5 +125,6 @@ class Huggingface(LanguageOptions):
     def open(self, seed: int, device: torch.device) -> Stream:
         """Reads a context of both splits, then loads the model. Raises SourceError where it or the text is unusable."""
         facts, vocabulary = self.prepare(self.facts, seed)
-        loaded = checkpoint.load_model(self.model, self.revision, self.torch_dtype(), device)
+        attention = None if self.attention == "auto" else self.attention
+        loaded = checkpoint.load_model(self.model, self.revision, self.torch_dtype(), device, attention)
         return LanguageStream(self, facts, ResidualModel(loaded, self.layer), vocabulary, seed=seed, device=device)

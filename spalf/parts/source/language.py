@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spalf.core.values import Batch, Facts, Raw, Sequences
 from spalf.errors import SourceError
+from spalf.parts.source.ahead import exact_products, lane_of, sent
 from spalf.parts.source.blocks import Blocks, below, derive_seed, under
 from spalf.parts.source.contexts import Contexts, Vocabulary
 from spalf.parts.source.options import LanguageOptions
@@ -47,7 +48,15 @@ class _Supply:
         self._model, self._contexts = model, contexts
         self._skip, self._sequences, self._device = skip, sequences, device
 
+    @property
+    def stride(self) -> int:
+        return self._sequences * (self._contexts.length - self._skip)
+
     def fill_(self, out_ND: Tensor) -> int:
+        with exact_products(self._device):
+            return self._fill_(out_ND)
+
+    def _fill_(self, out_ND: Tensor) -> int:
         per_context = self._contexts.length - self._skip
         wanted = out_ND.shape[0] // per_context
         done = 0
@@ -55,7 +64,7 @@ class _Supply:
             asked = min(self._sequences, wanted - done)
             tokens_ST = self._contexts.take(asked)
             if len(tokens_ST):
-                x_STD = self._model.activations(tokens_ST.to(self._device), None)[:, self._skip :]
+                x_STD = self._model.activations(sent(tokens_ST, self._device), None)[:, self._skip :]
                 start = done * per_context
                 out_ND[start : start + x_STD.shape[0] * per_context].copy_(x_STD.flatten(0, 1))
             done += len(tokens_ST)
@@ -103,6 +112,7 @@ class LanguageStream:
             dtype=options.torch_dtype(),
             device=device,
             seed=derive_seed(seed, "held_out" if held_out else "training"),
+            lane=lane_of(device, options.overlap and not held_out),
         )
         self._counts_V: Tensor | None = None
 
@@ -124,9 +134,9 @@ class LanguageStream:
         tokens_ST, document_ST = self._contexts.take_marked(n)
         if len(tokens_ST) < n:
             raise SourceError(f"the text ended: {len(tokens_ST)} of {n} contexts are left (set source.repeat = true)")
-        tokens_ST, document_ST = tokens_ST.to(self._device), document_ST.to(self._device)
+        tokens_ST, document_ST = sent(tokens_ST, self._device), sent(document_ST, self._device)
         real_ST = torch.ones_like(tokens_ST, dtype=torch.bool)
-        return Sequences(tokens_ST=tokens_ST, real_ST=real_ST, document_ST=document_ST)
+        return Sequences(tokens_ST=tokens_ST, real_ST=real_ST, document_ST=document_ST, is_padded=False)
 
     def activations(self, sequences: Sequences) -> Raw:
         x_STD = self._model.activations(sequences.tokens_ST, _mask(sequences))
@@ -191,4 +201,4 @@ class LanguageStream:
 
 def _mask(sequences: Sequences) -> Tensor | None:
     """None where all is text: attention is faster without a mask."""
-    return None if bool(sequences.real_ST.all()) else sequences.real_ST
+    return None if not sequences.is_padded or bool(sequences.real_ST.all()) else sequences.real_ST

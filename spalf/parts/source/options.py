@@ -62,6 +62,9 @@ class LanguageOptions:
     """Begin each context with the tokenizer's BOS."""
     skip_first: bool = True
     """Leave position 0 out of training: it has no context, and models park attention there."""
+    overlap: bool = True
+    """On a GPU, harvest the next block on a stream of its own while the present one is used, some passes at a time;
+    takes the memory of one more block and changes no number."""
     dtype: str = field(default="bfloat16", validator=in_(("bfloat16", "float16", "float32")))
     """Of the model and of the shuffled block; batches are float32."""
     d_model: int = field(default=0, validator=ge(0))
