@@ -63,7 +63,12 @@ UNITS = {
     "evaluation": Unit(layer=7, third_party=TENSORS, also=names("launch")),
     "reporting": Unit(layer=7, third_party=names("attrs"), also=names("launch evaluation")),
     "exchange": Unit(layer=7, third_party=ENGINE, lazy=names("huggingface_hub"), also=names("launch")),
-    "bench": Unit(layer=7, third_party=ENGINE | names("tomli"), also=names("launch evaluation exchange sweeping")),
+    "bench": Unit(
+        layer=7,
+        third_party=ENGINE,
+        lazy=names("sae_lens dictionary_learning numpy transformers"),
+        also=names("__init__ launch exchange sweeping"),
+    ),
     "cli": Unit(layer=7, third_party=ENGINE | names("typer rich"), also=VERBS | {"__init__"}),
     "__init__": Unit(layer=7, third_party=TENSORS, also=VERBS),
     "__main__": Unit(layer=7, third_party=frozenset(), also=names("cli __init__")),

@@ -1,0 +1,72 @@
+"""Curves of error against L0: interpolation between a method's own points, and the choice of a learning rate by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from attrs import frozen
+
+from spalf.bench.suite import Sweep
+
+REACH = 1.1
+"""How far beyond a curve's ends, as a factor of L0, its last line is still followed."""
+Points = Sequence[tuple[float, float]]
+"""(L0, error) of one method."""
+
+
+@frozen(kw_only=True)
+class Read:
+    """A curve's value at an L0, and whether that lies beyond its ends."""
+
+    value: float
+    is_extrapolated: bool
+
+
+def read_at(points: Points, l0: float, reach: float = REACH) -> Read | None:
+    """The error at `l0` on straight lines between the logarithms of both.
+
+    None where `l0` is beyond an end by more than the factor `reach`, and where there are fewer than two points (unless
+    the only one is there, within a thousandth). Points of one L0 are averaged.
+    """
+    curve = _averaged(points)
+    if not curve or l0 <= 0:
+        return None
+    low, high = curve[0][0], curve[-1][0]
+    if len(curve) == 1:
+        return Read(value=curve[0][1], is_extrapolated=False) if abs(l0 / low - 1) < 1e-3 else None
+    if not low / reach <= l0 <= high * reach:
+        return None
+    i = max(1, min(len(curve) - 1, sum(x <= l0 for x, _ in curve)))
+    (x0, y0), (x1, y1) = curve[i - 1], curve[i]
+    share = (math.log(l0) - math.log(x0)) / (math.log(x1) - math.log(x0))
+    value = math.exp(math.log(y0) + share * (math.log(y1) - math.log(y0)))
+    return Read(value=value, is_extrapolated=not low <= l0 <= high)
+
+
+def _averaged(points: Points) -> list[tuple[float, float]]:
+    """Means of the points of one L0, by rising L0; what has no logarithm is left out."""
+    by_l0: dict[float, list[float]] = {}
+    for x, y in points:
+        if x > 0 and y > 0:
+            by_l0.setdefault(x, []).append(y)
+    return [(x, sum(ys) / len(ys)) for x, ys in sorted(by_l0.items())]
+
+
+def best(lines: Sequence[Mapping[str, Any]], sweep: Sweep) -> float | None:
+    """The rate with the least FVU at the sweep's L0; None where no line has one.
+
+    A rate with several points is read off the line through its own, however far: only rates are compared by it. One
+    with a single point counts as it is, for its L0 is what was asked for.
+    """
+    by_rate: dict[float, list[tuple[float, float]]] = {}
+    for line in lines:
+        measures = line.get("measures") or {}
+        if measures.get("fvu") and measures.get("l0"):
+            by_rate.setdefault(line["job"]["lr"], []).append((measures["l0"], measures["fvu"]))
+    scores = {}
+    for lr, points in by_rate.items():
+        found = read_at(points, sweep.l0, reach=math.inf) if len(points) > 1 else None
+        scores[lr] = found.value if found else min(y for _, y in points)
+    return min(scores, key=lambda lr: (scores[lr], lr)) if scores else None
