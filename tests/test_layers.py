@@ -66,7 +66,7 @@ UNITS = {
     "bench": Unit(
         layer=7,
         third_party=ENGINE,
-        lazy=names("sae_lens dictionary_learning numpy transformers"),
+        lazy=names("sae_lens dictionary_learning sparsify schedulefree numpy transformers transformer_lens datasets"),
         also=names("__init__ launch exchange sweeping"),
     ),
     "cli": Unit(layer=7, third_party=ENGINE | names("typer rich"), also=VERBS | {"__init__"}),
