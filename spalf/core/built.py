@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -222,4 +222,15 @@ class Ops(Protocol):
     def update(self, learner: Learner, loss: Tensor) -> bool:
         """Backward pass of `loss`, optimizer's rule and projections in one; False, and nothing done, where this backend
         leaves them to the learner."""
+        ...
+
+    def kind(self, sae: Autoencoder) -> Hashable:
+        """What the launches of a training step depend on here, such as the lists' length; equal means the same ones.
+
+        None where a step cannot be recorded as a CUDA graph: it waits for the device, or its launches vary.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Called after every training step, outside of what is recorded."""
         ...

@@ -62,17 +62,24 @@ class Learner:
 
         The step is at `rate` of the optimizer's schedule; the gradient is clipped where the optimizer has a `max_norm`.
         """
+        self.set_rates(clock, rate)
+        self.step(loss)
+
+    def step(self, loss: Tensor) -> None:
+        """`descend` at the rates that `set_rates` has left."""
         self.optimizer.zero_grad(set_to_none=True)
-        self._set_rates(clock, rate)
         # A backend that fuses the update has no gradient whose norm could be known before the step.
         if not self._max_norm and self.sae.machine.ops.update(self, loss):
             return
         loss.backward()  # type: ignore[no-untyped-call]
-        self.advance(clock, rate)
+        self._advance()
 
     def advance(self, clock: Clock, rate: float = 1.0) -> None:
         """`descend` from the gradients that are there."""
-        self._set_rates(clock, rate)
+        self.set_rates(clock, rate)
+        self._advance()
+
+    def _advance(self) -> None:
         weight_FD, grad_FD = self.sae.W_dec_FD, self.sae.W_dec_FD.grad
         if grad_FD is not None:
             self._each_stratum(lambda s, rows: s.project_gradient_(weight_FD.data[rows], grad_FD[rows]))
@@ -83,10 +90,16 @@ class Learner:
         self.optimizer.step()
         self.project_()
 
-    def _set_rates(self, clock: Clock, rate: float) -> None:
+    def set_rates(self, clock: Clock, rate: float = 1.0) -> None:
+        """Each parameter group's rate for a step at this time; on the device where the optimizer can be recorded."""
         factor = rate * self.rule.scale(clock)
         for group, peak in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = peak * factor
+            if not group.get("capturable"):
+                group["lr"] = peak * factor
+            elif isinstance(group["lr"], Tensor):
+                group["lr"].fill_(peak * factor)
+            else:
+                group["lr"] = torch.full((), peak * factor, device=group["params"][0].device)
 
     @property
     def _max_norm(self) -> float:

@@ -235,8 +235,12 @@ class Reading:
 
 @frozen(kw_only=True, eq=False)
 class Machine:
-    """Where an autoencoder computes: the device, its mesh and the kernels' operations."""
+    """Where an autoencoder computes: the device, its mesh and the kernels' operations.
+
+    `replay` keeps recorded steps; a step is recorded where the operations and all parts in it allow that.
+    """
 
     device: torch.device
     ops: Ops
     mesh: Mesh = field(factory=Mesh)
+    replay: Any = None

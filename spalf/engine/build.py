@@ -14,6 +14,7 @@ from spalf.core.state import Learner, Rng, TrainingState
 from spalf.core.tree import to
 from spalf.core.values import Clock, Facts, Machine
 from spalf.engine import control
+from spalf.engine.replay import Replay
 from spalf.errors import SourceError
 from spalf.nn import StratifiedAutoencoder
 
@@ -55,7 +56,7 @@ def build(plan: Plan, device: torch.device, stream: Stream | None = None) -> Tra
         plan.facts.d_model,
         plan.rows,
         recipe.activation.build(plan.knobs.F),
-        Machine(device=device, ops=recipe.kernel.ops(device)),
+        Machine(device=device, ops=recipe.kernel.ops(device), replay=Replay()),
     )
     optimizer = recipe.optimizer.build(sae.named_parameters())
     learner = Learner(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,7 @@ from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
 from spalf.core.values import Batch, Forward, Raw, Reading, Signal, View, Violations, White
 from spalf.engine import control
+from spalf.engine.replay import Outcome, is_capturable
 from spalf.errors import DeadConstraintError
 
 DEAD_AFTER = 10_000_000
@@ -160,23 +161,41 @@ def assess(
     return Assessment(batch=batch, forward=forward, measures=measures)
 
 
-def conclude(
-    plan: Plan, state: TrainingState, seen: Assessment, loss: Tensor, hold: Collection[str] = ()
-) -> tuple[Reading, Signal]:
-    """What follows a step of the parameters: running statistics, the dual side but for `hold`, counts, the clock."""
-    recipe = plan.recipe
-    state.sae.activator.observe_(seen.forward.code)
+def outcome(plan: Plan, state: TrainingState, seen: Assessment, loss: Tensor, hold: Collection[str]) -> Outcome:
+    """Running statistics, the dual side but for `hold`, and counts, as they are after a step of the parameters."""
+    recipe, code = plan.recipe, seen.forward.code
+    state.sae.activator.observe_(code)
     g_M = seen.measures.violations.g_M.detach()
     moved, signal = control.step(recipe.filter, recipe.dual, recipe.penalty, state.control, g_M, state.clock, hold)
     if state.sae.machine.ops.bounded:
         # A list that was cut measured nothing: the dual side stays where it was, as the weights do.
-        moved = tree.choose(seen.forward.code.overflow, state.control, moved)
-    state.control = moved
-    fired_F = seen.forward.code.fired_F()
-    state.silent_F = torch.where(fired_F > 0, 0, state.silent_F + seen.batch.x_BD.shape[0])
-    reading = _reading(plan, state, seen.forward, seen.measures, loss, signal)
-    state.clock = state.clock.next()
-    return reading, signal
+        moved = tree.choose(code.overflow, state.control, moved)
+    silent_F = torch.where(code.fired_F() > 0, 0, state.silent_F + seen.batch.x_BD.shape[0])
+    numbers = {"loss": loss.detach(), "l0": code.l0_B().detach().mean()}
+    numbers.update({f"term.{k}": v.detach() for k, v in seen.measures.terms.items()})
+    if state.clock.due(recipe.record.log_every):
+        numbers.update(_logged(plan, state, seen.forward, silent_F))
+    return Outcome(control=moved, silent_F=silent_F, signal=signal, lam_M=moved.lam_M, numbers=numbers)
+
+
+def _enter(plan: Plan, state: TrainingState, out: Outcome) -> tuple[Reading, Signal]:
+    """The state as an outcome has it, the clock at the next step, and what to tell of it."""
+    state.control, state.silent_F = out.control, out.silent_F
+    state.sae.machine.ops.settle()
+    per = {"g": out.signal.g_M, "fast": out.signal.fast_M, "lam": out.lam_M, "rho": out.signal.rho_M}
+    per["on"] = out.control.on_M
+    clock = state.clock
+    state.clock = clock.next()
+    names = plan.constraints
+    reading = Reading(step=clock.step + 1, phase=clock.phase, names=names, values=out.numbers, per_constraint=per)
+    return reading, out.signal
+
+
+def conclude(
+    plan: Plan, state: TrainingState, seen: Assessment, loss: Tensor, hold: Collection[str] = ()
+) -> tuple[Reading, Signal]:
+    """What follows a step of the parameters: running statistics, the dual side but for `hold`, counts, the clock."""
+    return _enter(plan, state, outcome(plan, state, seen, loss, hold))
 
 
 def primal_dual_step(
@@ -192,10 +211,35 @@ def primal_dual_step(
     Raises DeadConstraintError at the first step of a phase. The engine itself makes no host copy; a part may
     (`orthogonality` sizes its Gram matrices on the host).
     """
-    seen = assess(plan, state, state.stream.next(plan.recipe.budget.batch), terms, constraints)
-    loss = plan.recipe.lagrangian(seen.measures.objective(), seen.measures.violations, state.control)
-    state.learner.descend(loss, state.clock, rate)
-    return conclude(plan, state, seen, loss, hold)
+
+    def body(batch: Batch) -> Outcome:
+        seen = assess(plan, state, batch, terms, constraints)
+        loss = plan.recipe.lagrangian(seen.measures.objective(), seen.measures.violations, state.control)
+        state.learner.step(loss)
+        return outcome(plan, state, seen, loss, hold)
+
+    batch = state.stream.next(plan.recipe.budget.batch)
+    state.learner.set_rates(state.clock, rate)
+    kind = _kind(plan, state, batch, terms, constraints, hold)
+    replay = state.sae.machine.replay
+    return _enter(plan, state, body(batch) if kind is None else replay.step(kind, state, batch, body))
+
+
+def _kind(
+    plan: Plan,
+    state: TrainingState,
+    batch: Batch,
+    terms: Sequence[str],
+    constraints: Sequence[str],
+    hold: Collection[str],
+) -> Hashable:
+    """What the launches of this step depend on; None where they cannot be recorded."""
+    lists, clock = state.sae.machine.ops.kind(state.sae), state.clock
+    if lists is None or clock.due(plan.recipe.filter.every) or clock.due(plan.recipe.record.log_every):
+        return None
+    if batch.truth_BN is not None or not is_capturable(plan, terms, constraints):
+        return None
+    return clock.phase, tuple(terms), tuple(constraints), tuple(hold), tuple(batch.x_BD.shape), lists
 
 
 def switch_on(plan: Plan, state: TrainingState, entering: Collection[str]) -> None:
@@ -227,29 +271,16 @@ def _first_look(plan: Plan, state: TrainingState, entering: Collection[str]) -> 
 
 
 @torch.no_grad()
-def _reading(
-    plan: Plan, state: TrainingState, forward: Forward, measures: Measures, loss: Tensor, signal: Signal
-) -> Reading:
-    numbers = {"loss": loss.detach(), "l0": forward.code.l0_B().detach().mean()}
-    numbers.update({f"term.{k}": v.detach() for k, v in measures.terms.items()})
-    # Two more products, a dead count and two sorts of F numbers: only where a line is logged.
-    if state.clock.due(plan.recipe.record.log_every):
-        error_BD = White(forward.white_BD - forward.white_hat_BD)
-        for space, e_BD in (("raw", state.metric.raw_direction(error_BD)), ("white", error_BD)):
-            numbers[f"r2_{space}"] = 1 - e_BD.square().sum(-1).mean() / state.metric.variance(space)
-        numbers["gain"] = state.sae.log_gain.detach().exp()
-        numbers["dead"] = (state.silent_F > dead_window(plan)).float().mean()
-        numbers["lr"] = torch.tensor(float(state.learner.optimizer.param_groups[0]["lr"]))
-        numbers.update(_spread(state))
-    per = {"g": signal.g_M, "fast": signal.fast_M, "lam": state.control.lam_M, "rho": state.control.rho_M}
-    per["on"] = state.control.on_M
-    return Reading(
-        step=state.clock.step + 1,
-        phase=state.clock.phase,
-        names=plan.constraints,
-        values=numbers,
-        per_constraint=per,
-    )
+def _logged(plan: Plan, state: TrainingState, forward: Forward, silent_F: Tensor) -> dict[str, Tensor]:
+    """What only a logged line holds: two more products, a dead count and two sorts of F numbers."""
+    numbers = {}
+    error_BD = White(forward.white_BD - forward.white_hat_BD).detach()
+    for space, e_BD in (("raw", state.metric.raw_direction(White(error_BD))), ("white", error_BD)):
+        numbers[f"r2_{space}"] = 1 - e_BD.square().sum(-1).mean() / state.metric.variance(space)
+    numbers["gain"] = state.sae.log_gain.detach().exp()
+    numbers["dead"] = (silent_F > dead_window(plan)).float().mean()
+    numbers["lr"] = torch.tensor(float(state.learner.optimizer.param_groups[0]["lr"]))
+    return {**numbers, **_spread(state)}
 
 
 def _spread(state: TrainingState) -> dict[str, Tensor]:

@@ -123,6 +123,23 @@ def _adam(w, g, m_at, v_at, mask, hyper):
     return w - rate * m / (tl.sqrt(v) / tl.load(hyper + 5) + tl.load(hyper + 3))
 
 
+@triton.jit
+def count_step(step, skip, rate, out, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr):
+    """step += 1 where `skip` is 0; out: rate, beta1, beta2, eps, 1 - beta1^t, sqrt(1 - beta2^t)."""
+    t = tl.load(step) + (1.0 - tl.load(skip))
+    tl.store(step, t)
+    tl.store(out, tl.load(rate).to(tl.float32))
+    tl.store(out + 1, BETA1)
+    tl.store(out + 2, BETA2)
+    tl.store(out + 3, EPS)
+    # In float64, for 1 - beta2^t is small at first. In place of a beta of 0 stands one whose powers are 0.
+    t64 = t.to(tl.float64)
+    left1 = tl.exp(t64 * tl.log(tl.full((), BETA1 if BETA1 > 0 else 1e-300, tl.float64)))
+    left2 = tl.exp(t64 * tl.log(tl.full((), BETA2 if BETA2 > 0 else 1e-300, tl.float64)))
+    tl.store(out + 4, (1.0 - left1).to(tl.float32))
+    tl.store(out + 5, tl.sqrt(1.0 - left2).to(tl.float32))
+
+
 # fmt: off
 @triton.jit
 def update_rows(

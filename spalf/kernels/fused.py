@@ -6,7 +6,7 @@ No [B, F] tensor, no [F, D] gradient, and in a training step nothing that waits 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -96,11 +96,13 @@ class Capacity:
     """
 
     limit: int = 0
+    longest: Tensor | None = None
+    """Of the last list that was made in training: one tensor for all steps, for a recorded step writes to it too."""
     waiting: deque[tuple[Tensor, Any]] = field(factory=deque)
     seen: deque[int] = field(factory=lambda: deque(maxlen=_MEMORY))
 
-    def settle(self, longest: int) -> None:
-        """Take note of a list's length."""
+    def take_note(self, longest: int) -> None:
+        """Have the limit follow a list's length."""
         self.seen.append(longest)
         if longest > 0.8 * self.limit:
             self.limit = _rounded(1.5 * longest)
@@ -108,20 +110,27 @@ class Capacity:
             self.limit = _rounded(1.5 * max(self.seen))
 
     def watch(self, count_B: Tensor) -> None:
-        """Send a count on its way to the host, and take note of the one of two steps ago."""
-        longest = count_B.max()
-        if not longest.is_cuda:
-            self.settle(int(longest))
+        """Keep the longest of a training step's lists, on the device."""
+        if self.longest is None:
+            self.longest = torch.zeros((), dtype=torch.int64, device=count_B.device)
+        self.longest.copy_(count_B.max())
+
+    def settle(self) -> None:
+        """Send what the last step kept on its way to the host, and take note of the one of two steps ago."""
+        if self.longest is None:
             return
-        held = torch.empty((), dtype=longest.dtype, pin_memory=True)
-        held.copy_(longest, non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-        self.waiting.append((held, arrived))
-        if len(self.waiting) > _LAG:
+        if not self.longest.is_cuda:
+            self.take_note(int(self.longest))
+            return
+        if len(self.waiting) == _LAG:
             held, arrived = self.waiting.popleft()
             arrived.synchronize()
-            self.settle(int(held))
+            self.take_note(int(held))
+        else:
+            held, arrived = torch.empty((), dtype=torch.int64, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        held.copy_(self.longest, non_blocking=True)
+        arrived.record()
+        self.waiting.append((held, arrived))
 
 
 @define(kw_only=True, eq=False)
@@ -240,3 +249,12 @@ class FusedOps:
         with torch.no_grad():
             update.update_(learner, shares, pull, self._sphere_F, low)
         return True
+
+    def kind(self, sae: Autoencoder) -> Hashable:
+        """The lists' length, and which writing of the matrices the copies in low precision are of."""
+        if not 0 < self._capacity.limit <= int(_SPARSE * sae.width):
+            return None
+        return self._capacity.limit, *((w.data_ptr(), w._version) for w in (sae.W_enc_FD, sae.W_dec_FD))
+
+    def settle(self) -> None:
+        self._capacity.settle()

@@ -5,7 +5,7 @@ Shape letters as in spalf/core/values.py; R sampled rows, U distinct features, N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -176,3 +176,9 @@ class ReferenceOps:
 
     def update(self, learner: Learner, loss: Tensor) -> bool:
         return False
+
+    def kind(self, sae: Autoencoder) -> Hashable:
+        return None
+
+    def settle(self) -> None:
+        """Nothing to do."""

@@ -96,14 +96,16 @@ def _joined(shares: list[Share], by: ByFeature, like_FD: Tensor, low: bool) -> t
     return by.take(z_N), by.take(force_N), grad_BD.contiguous(), white_BD.contiguous()
 
 
-def _hyper(learner: Learner, parameter: Tensor, step: Tensor) -> Tensor:
-    """Rate, betas, eps, 1 - beta1^t and sqrt(1 - beta2^t) of a parameter, float32 [6] on the device."""
+def _hyper(learner: Learner, parameter: Tensor, step: Tensor, skip: Tensor) -> Tensor:
+    """Count a step, and give rate, betas, eps, 1 - beta1^t and sqrt(1 - beta2^t), float32 [6] on the device."""
     group = next(g for g in learner.optimizer.param_groups if g["params"][0] is parameter)
+    rate = group["lr"]
+    if not isinstance(rate, Tensor):
+        rate = torch.full((), rate, device=parameter.device)  # filled there: a copy from the host would wait
+    out = torch.empty(6, device=parameter.device)
     beta1, beta2 = group["betas"]
-    t = step.double()
-    # Filled on the device: a copy from the host would wait for it.
-    rate, b1, b2, eps = (torch.full_like(t, value) for value in (group["lr"], beta1, beta2, group["eps"]))
-    return torch.stack([rate, b1, b2, eps, 1 - b1.pow(t), torch.sqrt(1 - b2.pow(t))]).float()
+    device.count_step[(1,)](step, skip, rate, out, BETA1=beta1, BETA2=beta2, EPS=group["eps"])
+    return out
 
 
 def sphere_of(learner: Learner) -> Tensor:
@@ -136,7 +138,7 @@ def _step_rows(
     """Gradient, projection, Adam and norm of every row of one matrix; returns each feature's sum of weights, [F]."""
     (width, dim), more, pull = weight.shape, weight.grad, made_of.pull
     step, moment1, moment2 = _moments(learner, weight)
-    step += 1.0 - skip
+    hyper = _hyper(learner, weight, step, skip)
     sums_F = torch.zeros(width, device=weight.device)
     device.update_rows[(width,)](
         made_of.by.order_F,
@@ -155,7 +157,7 @@ def _step_rows(
         skip if pull is None else pull.strength,
         0 if pull is None else pull.rows.start,
         0 if pull is None else pull.rows.stop,
-        _hyper(learner, weight, step),
+        hyper,
         skip,
         dim,
         MORE=more is not None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from attrs import evolve, field, frozen
 from attrs.validators import and_, ge, gt, lt
@@ -28,6 +30,7 @@ class DualRateEma:
     the primal answers, and the host is asked once in 100 steps.
     """
 
+    capturable: ClassVar[bool] = True
     fast: float = field(default=0.9, validator=and_(ge(0.0), lt(1.0)))
     slow: float = field(default=0.99, validator=and_(ge(0.0), lt(1.0)))
     every: int = field(default=100, validator=gt(0))
@@ -70,6 +73,7 @@ class IdentityState:
 class Identity:
     """No filter: v = g. For exact violations, and as the control of an ablation."""
 
+    capturable: ClassVar[bool] = True
     every: int = field(default=1, validator=gt(0))
 
     def init(self, m: int) -> IdentityState:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from attrs import define, field
@@ -68,6 +68,12 @@ class TorchOps:
 
     def update(self, learner: Learner, loss: Tensor) -> bool:
         return False
+
+    def kind(self, sae: Autoencoder) -> Hashable:
+        return None
+
+    def settle(self) -> None:
+        """Nothing to do."""
 
 
 @kernel("torch")

@@ -5,6 +5,8 @@ They take this batch's violations with their graph; multipliers and penalties ar
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,8 @@ class AlCole:
     Its gradient with respect to g_i is the effective multiplier [lam_i + 2 rho_i g_i]+.
     """
 
+    capturable: ClassVar[bool] = True
+
     def __call__(self, objective: Tensor, violations: Violations, control: ControlState) -> Tensor:
         g_M, rho_M = violations.g_M, control.rho_M.detach()
         q_M = control.lam_M.detach() / rho_M
@@ -32,6 +36,8 @@ class AlCole:
 @lagrangian("plain")
 class Plain:
     """f + sum_i lam_i g_i, without penalties."""
+
+    capturable: ClassVar[bool] = True
 
     def __call__(self, objective: Tensor, violations: Violations, control: ControlState) -> Tensor:
         return objective + torch.where(control.on_M, control.lam_M.detach() * violations.g_M, 0.0).sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from attrs import evolve, field
@@ -151,6 +151,7 @@ class JumpReLU:
     sees the upper half alone, so that the count presses half as hard as it should.
     """
 
+    capturable: ClassVar[bool] = True
     bandwidth: float = field(default=0.1, validator=gt(0.0))
     start: float = field(default=4.0, validator=gt(0.0))
     floor: float = field(default=1e-3, validator=gt(0.0))
@@ -181,6 +182,7 @@ class JumpReLUMoreau:
     slope also pushes barely active pre-activations down.
     """
 
+    capturable: ClassVar[bool] = True
     bandwidth: float = field(default=0.1, validator=gt(0.0))
     start: float = field(default=4.0, validator=gt(0.0))
     floor: float = field(default=1e-3, validator=gt(0.0))

@@ -44,6 +44,7 @@ class Drift:
     needs: ClassVar[frozenset[str]] = frozenset()
     partial: ClassVar[bool] = True
     dense: ClassVar[bool] = False
+    capturable: ClassVar[bool] = True
     stratum: str = "anchored"
     within: float = field(default=0.1, validator=gt(0.0))
 
@@ -100,6 +101,7 @@ class Orthogonality:
     needs: ClassVar[frozenset[str]] = frozenset()
     partial: ClassVar[bool] = False
     dense: ClassVar[bool] = False
+    capturable: ClassVar[bool] = True
     stratum: str = ""
     slack: float = field(default=1.0, validator=gt(0.0))
     sample: int = field(default=256, validator=gt(0))

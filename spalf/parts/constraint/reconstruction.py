@@ -32,6 +32,7 @@ class Faithfulness:
     needs: ClassVar[frozenset[str]] = frozenset()
     partial: ClassVar[bool] = False
     dense: ClassVar[bool] = False
+    capturable: ClassVar[bool] = True
     r2: float = from_knob("R2_target", validator=[gt(0.0), lt(1.0)])
     space: str = field(default="raw", validator=in_(("raw", "white")))
 

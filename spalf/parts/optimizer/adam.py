@@ -35,11 +35,18 @@ class Adam(Moments):
 
     rule: ClassVar[str] = "adam"
 
+    @property
+    def capturable(self) -> bool:
+        return self.fused
+
     def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """One group per parameter, with its name. Fused where torch has that for the parameters' device."""
         groups = self.groups(named)
         fused = self._is_fused(groups)
-        return torch.optim.Adam(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
+        on_cuda = all(g["params"][0].is_cuda for g in groups)
+        return torch.optim.Adam(
+            groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused, capturable=fused and on_cuda
+        )
 
 
 @optimizer("adamw")

@@ -27,6 +27,10 @@ class L0:
     weight: float = field(default=1.0, validator=gt(0.0))
     warmup: int = field(default=0, validator=ge(0))
 
+    @property
+    def capturable(self) -> bool:
+        return self.warmup == 0
+
     def settle(self, plan: Plan) -> L0:
         """Raises RecipeError where the run is shorter than the warm-up."""
         reaches(plan, self.warmup)

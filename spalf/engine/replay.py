@@ -1,0 +1,156 @@
+"""Quiet steps as one CUDA graph: the host records a step's launches once, and later steps replay them.
+
+A training step launches hundreds of small kernels, and launching them takes longer than running them. A step is quiet
+when nothing in it depends on Python's side: no controller's tick, no logged line, and every part that it uses says
+that it is `capturable`. All other steps run as they always do, on the same tensors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from attrs import define, evolve, field, frozen
+from torch import Tensor
+
+from spalf.core import tree
+from spalf.core.recipe import Plan
+from spalf.core.state import ControlState, TrainingState
+from spalf.core.values import Batch, Raw, Signal
+
+
+@frozen(kw_only=True, eq=False)
+class Outcome:
+    """What a step leaves behind besides the parameters, all of it on the device."""
+
+    control: ControlState
+    silent_F: Tensor
+    signal: Signal
+    lam_M: Tensor
+    numbers: Mapping[str, Tensor]
+    """Scalars."""
+
+
+Body = Callable[[Batch], Outcome]
+
+
+def is_capturable(plan: Plan, terms: Sequence[str], constraints: Collection[str]) -> bool:
+    """Whether every part that a quiet step calls says that its work is the same launches in every step."""
+    recipe = plan.recipe
+    parts = [recipe.activation, recipe.filter, recipe.lagrangian, recipe.optimizer]
+    parts += [recipe.term[t] for t in terms]
+    parts += [recipe.constraint[c] for c in constraints]
+    # Of strata that say what their rows are, a fused update calls nothing.
+    fused = all(hasattr(recipe.stratum[s], "sphere") for s in recipe.strata)
+    return fused and all(bool(getattr(part, "capturable", False)) for part in parts)
+
+
+@frozen(kw_only=True, eq=False)
+class _Recorded:
+    """A graph, and the tensors that it reads and writes."""
+
+    key: Hashable
+    graph: torch.cuda.CUDAGraph
+    x_BD: Tensor
+    control: ControlState
+    silent_F: Tensor
+    signal: Signal
+    names: tuple[str, ...]
+    scalars_N: Tensor
+    rows_NM: Tensor
+
+    def __call__(self, state: TrainingState, batch: Batch) -> Outcome:
+        """Replay on a batch. The numbers are copies; the control state and the counts are the recorded tensors."""
+        self.x_BD.copy_(batch.x_BD)
+        if state.control is not self.control:
+            _pour(state.control, self.control)
+        if state.silent_F is not self.silent_F:
+            self.silent_F.copy_(state.silent_F)
+        self.graph.replay()
+        scalars_N, rows_NM = self.scalars_N.clone(), self.rows_NM.clone()
+        rows = dict(zip((*_SIGNAL, "lam_M"), rows_NM.unbind(), strict=True))
+        return Outcome(
+            control=self.control,
+            silent_F=self.silent_F,
+            lam_M=rows.pop("lam_M"),
+            signal=evolve(self.signal, **rows),
+            numbers=dict(zip(self.names, scalars_N.unbind(), strict=True)),
+        )
+
+
+_SIGNAL = ("g_M", "fast_M", "slow_M", "previous_M", "rho_M")
+
+
+def _pour(source: Any, target: Any) -> None:
+    """Copy every leaf; all are read before one is written, as leaves of `source` may be those of `target`."""
+    held = {name: leaf.clone() for name, leaf in tree.flatten(source).items() if isinstance(leaf, Tensor)}
+    for name, leaf in tree.flatten(target).items():
+        if isinstance(leaf, Tensor):
+            leaf.copy_(held[name])
+
+
+@define(eq=False)
+class Replay:
+    """The recorded step of one autoencoder. A graph is recorded at the second quiet step of a kind.
+
+    A step's kind is its phase, its batch's shape and what the kernels' lists depend on; where that changes, the step
+    is recorded anew. The first one of a kind runs as it is: it compiles what has to be compiled.
+    """
+
+    _recorded: _Recorded | None = None
+    _seen: Hashable = None
+    _refused: bool = False
+    _pool: Any = field(default=None)
+
+    def forget(self) -> None:
+        """Drop the graph, and the memory that it holds."""
+        self._recorded, self._seen = None, None
+
+    def step(self, key: Hashable, state: TrainingState, batch: Batch, body: Body) -> Outcome:
+        """`body(batch)`, replayed where its kind has been recorded. Same numbers either way."""
+        if self._recorded is not None and self._recorded.key == key:
+            return self._recorded(state, batch)
+        if self._seen != key or self._refused:
+            self._seen = key
+            return body(batch)
+        self._recorded = None
+        try:
+            self._recorded = self._record(key, state, batch, body)
+        except RuntimeError as e:
+            self._refused = True
+            said = f"a training step could not be recorded as a CUDA graph and runs slower without ({e})"
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
+            return body(batch)
+        return self._recorded(state, batch)
+
+    def _record(self, key: Hashable, state: TrainingState, batch: Batch, body: Body) -> _Recorded:
+        """Nothing runs here but copies: what is recorded takes effect when it is replayed."""
+        x_BD = batch.x_BD.clone()
+        # Copies, for a record may hold one tensor under two names, and each is written here.
+        state.control = control = tree.apply(torch.clone, state.control)
+        state.silent_F = silent_F = state.silent_F.clone()
+        # Gradients that an earlier step left would be recorded as tensors to add to.
+        state.learner.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(state.rng.device)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            out = body(Batch(x_BD=Raw(x_BD)))
+            scalars_N = torch.stack([v.detach().float() for v in out.numbers.values()])
+            rows_NM = torch.stack([*(getattr(out.signal, name) for name in _SIGNAL), out.lam_M])
+            _pour(out.control, control)
+            silent_F.copy_(out.silent_F)
+        return _Recorded(
+            key=key,
+            graph=graph,
+            x_BD=x_BD,
+            control=control,
+            silent_F=silent_F,
+            signal=out.signal,
+            names=tuple(out.numbers),
+            scalars_N=scalars_N,
+            rows_NM=rows_NM,
+        )
