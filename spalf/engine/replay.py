@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from attrs import define, evolve, field, frozen
+from attrs import define, evolve, frozen
 from torch import Tensor
 
 from spalf.core import tree
@@ -102,7 +102,6 @@ class Replay:
     _recorded: _Recorded | None = None
     _seen: Hashable = None
     _refused: bool = False
-    _pool: Any = field(default=None)
 
     def forget(self) -> None:
         """Drop the graph, and the memory that it holds."""
@@ -116,10 +115,14 @@ class Replay:
             self._seen = key
             return body(batch)
         self._recorded = None
+        draws = state.rng.device.get_state()
         try:
             self._recorded = self._record(key, state, batch, body)
         except RuntimeError as e:
             self._refused = True
+            # The old generator still waits for the end of the recording.
+            state.rng.device = torch.Generator(state.device)
+            state.rng.device.set_state(draws)
             said = f"a training step could not be recorded as a CUDA graph and runs slower without ({e})"
             warnings.warn(said, RuntimeWarning, stacklevel=2)
             return body(batch)
@@ -135,9 +138,7 @@ class Replay:
         state.learner.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(state.rng.device)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             out = body(Batch(x_BD=Raw(x_BD)))
             scalars_N = torch.stack([v.detach().float() for v in out.numbers.values()])
             rows_NM = torch.stack([*(getattr(out.signal, name) for name in _SIGNAL), out.lam_M])

@@ -85,7 +85,7 @@ def profiled(step: Any, steps: int = 5) -> None:
         if e.device_time_total > 0 and str(e.device_type).endswith("CUDA") and "Optimizer.step" not in e.key
     ]
     sys.stdout.write(f"  GPU busy {sum(us for us, _, _ in rows) / 1e3:.2f} ms a step\n")
-    for us, count, name in sorted(rows, reverse=True)[:20]:
+    for us, count, name in sorted(rows, reverse=True)[:70]:
         sys.stdout.write(f"  {us:9.1f} us {count:5.1f} x {name[:90]}\n")
 
 

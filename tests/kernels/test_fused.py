@@ -155,7 +155,7 @@ def test_a_list_that_is_cut_changes_nothing_and_the_next_is_longer() -> None:
     for name, p in made.sae.named_parameters():
         assert torch.equal(before[name], p), name
         assert steps[name] == float(made.optimizer.state[p]["step"]), name  # type: ignore[index]
-    for _ in range(fused._LAG + 1):
+    for _ in range(fused._LAG + 2):
         last = made.sae.encode(White(x_BD))
         ops.settle()
     assert not bool(last.overflow)
