@@ -113,12 +113,12 @@ def _gradient(begin, end, row, scale, source, dim, at, inside, BLOCK_N: tl.const
 def _adam(w, g, m_at, v_at, mask, hyper):
     """The row after one Adam step; `hyper`: rate, beta1, beta2, eps, 1 - beta1^t, sqrt(1 - beta2^t)."""
     beta1, beta2 = tl.load(hyper + 1), tl.load(hyper + 2)
-    m = tl.load(m_at, mask=mask, other=0.0)
-    v = tl.load(v_at, mask=mask, other=0.0)
+    m = tl.load(m_at, mask=mask, other=0.0, eviction_policy="evict_first")
+    v = tl.load(v_at, mask=mask, other=0.0, eviction_policy="evict_first")
     m = m + (g - m) * (1.0 - beta1)
     v = beta2 * v + (1.0 - beta2) * g * g
-    tl.store(m_at, m, mask=mask)
-    tl.store(v_at, v, mask=mask)
+    tl.store(m_at, m, mask=mask, eviction_policy="evict_first")
+    tl.store(v_at, v, mask=mask, eviction_policy="evict_first")
     rate = tl.load(hyper) / tl.load(hyper + 4)
     return w - rate * m / (tl.sqrt(v) / tl.load(hyper + 5) + tl.load(hyper + 3))
 
@@ -153,6 +153,8 @@ def update_rows(
     The gradient is the sum of scale[n] source[row[n]] over the feature's entries; no gradient matrix exists. `more` is
     added to it, and rows first to last are pulled to `target`: strength (row - target). `sphere` names the rows that
     are kept at unit norm, `sums` takes each feature's sum of `scale`. Nothing is written where `skip` is not 0.
+
+    What is read and written once goes first from the cache, so that the rows of `source`, read many times, stay.
     """
     if tl.load(skip) == 0:
         f = tl.load(order + tl.program_id(0)).to(tl.int64)
@@ -162,7 +164,7 @@ def update_rows(
         begin, end = tl.load(starts + f), tl.load(starts + f + 1)
         g, total = _gradient(begin, end, row, scale, source, dim, at, inside, BLOCK_N, BLOCK_D)
         tl.store(sums + f, total)
-        w = tl.load(weight + here, mask=inside, other=0.0)
+        w = tl.load(weight + here, mask=inside, other=0.0, eviction_policy="evict_first")
         if MORE:
             g += tl.load(more + here, mask=inside, other=0.0)
         if (f >= first) & (f < last):
@@ -175,6 +177,6 @@ def update_rows(
         w = _adam(w, g, moment1 + here, moment2 + here, inside, hyper)
         if on_sphere:
             w = w / tl.maximum(tl.sqrt(tl.sum(w * w, axis=0)), 1.1754944e-38)
-        tl.store(weight + here, w, mask=inside)
+        tl.store(weight + here, w, mask=inside, eviction_policy="evict_first")
         if LOW:
-            tl.store(low + here, w.to(tl.bfloat16), mask=inside)
+            tl.store(low + here, w.to(tl.bfloat16), mask=inside, eviction_policy="evict_first")

@@ -76,8 +76,9 @@ def gather_sum(index_BK: Tensor, z_BK: Tensor, count_B: Tensor, weight_FD: Tenso
     out_BD = torch.empty((rows, dim), device=z_BK.device)
     block = power_of_2(dim, 16, 256)
     grid = (rows, triton.cdiv(dim, block))
+    # One warp reads half a KiB of each row at once; more warps would wait for each other at the end.
     device.gather_sum[grid](
-        index_BK, z_BK.contiguous(), count_B, weight_FD, out_BD, capacity, dim, BLOCK_K=8, BLOCK_D=block
+        index_BK, z_BK.contiguous(), count_B, weight_FD, out_BD, capacity, dim, BLOCK_K=4, BLOCK_D=block, num_warps=1
     )
     return out_BD
 
@@ -86,9 +87,9 @@ def gather_dots(index_BK: Tensor, count_B: Tensor, grad_BD: Tensor, weight_FD: T
     """out[b, k] = <grad[b], weight[index[b, k]]>, [B, K] float32, 0 at padding."""
     (rows, capacity), dim = index_BK.shape, weight_FD.shape[1]
     out_BK = torch.zeros((rows, capacity), device=grad_BD.device)
-    block = power_of_2(dim, 16, 256)
+    block = power_of_2(dim, 16, 1024)
     device.gather_dots[(rows,)](
-        index_BK, count_B, grad_BD.contiguous(), weight_FD, out_BK, capacity, dim, BLOCK_K=8, BLOCK_D=block
+        index_BK, count_B, grad_BD.contiguous(), weight_FD, out_BK, capacity, dim, BLOCK_K=4, BLOCK_D=block, num_warps=2
     )
     return out_BK
 

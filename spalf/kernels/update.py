@@ -164,7 +164,7 @@ def _step_rows(
         LOW=low is not None,
         BLOCK_N=4,
         BLOCK_D=power_of_2(dim, 16, 1 << 16),
-        num_warps=power_of_2(dim // 256, 1, 8),
+        num_warps=power_of_2(dim // 512, 1, 8),
     )
     weight.grad = None
     return sums_F

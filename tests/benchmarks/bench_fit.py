@@ -86,7 +86,7 @@ def profiled(step: Any, steps: int = 5) -> None:
     ]
     sys.stdout.write(f"  GPU busy {sum(us for us, _, _ in rows) / 1e3:.2f} ms a step\n")
     for us, count, name in sorted(rows, reverse=True)[:70]:
-        sys.stdout.write(f"  {us:9.1f} us {count:5.1f} x {name[:90]}\n")
+        sys.stdout.write(f"  {us:9.1f} us {count:5.1f} x {name[:150]}\n")
 
 
 def measure(d: int, f: int, l0: int, kernel: str, options: argparse.Namespace, device: torch.device) -> None:

@@ -26,6 +26,7 @@ class L0Rate:
     needs: ClassVar[frozenset[str]] = frozenset()
     partial: ClassVar[bool] = True
     dense: ClassVar[bool] = False
+    capturable: ClassVar[bool] = True
     target: int = from_knob("L0_target", validator=gt(0))
 
     def budget(self, view: View) -> Tensor:

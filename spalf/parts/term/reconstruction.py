@@ -26,6 +26,7 @@ class Mse:
 
     partial: ClassVar[bool] = False
     dense: ClassVar[bool] = False
+    capturable: ClassVar[bool] = True
     weight: float = field(default=1.0, validator=gt(0.0))
     reduce: str = field(default="sum", validator=in_(("sum", "mean")))
 
@@ -43,6 +44,7 @@ class RelativeMse:
 
     partial: ClassVar[bool] = False
     dense: ClassVar[bool] = False
+    capturable: ClassVar[bool] = True
     weight: float = field(default=1.0, validator=gt(0.0))
     space: str = field(default="raw", validator=in_(("raw", "white")))
     over: str = field(default="data", validator=in_(("data", "batch")))
