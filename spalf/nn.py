@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spalf.core.protocols import Activator
+from spalf.core.squares import affine
 from spalf.core.values import Code, Machine, White
 
 
@@ -60,4 +61,4 @@ class StratifiedAutoencoder(nn.Module):
     def decode(self, code: Code) -> White:
         """Whitened reconstruction [B, D]."""
         summed_BD: Tensor = self.machine.mesh.sum(self.machine.ops.decode(code, self))
-        return White(self.log_gain.exp() * summed_BD + self.b_dec_D)
+        return White(affine(summed_BD, self.log_gain.exp(), self.b_dec_D))

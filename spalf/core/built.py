@@ -89,6 +89,10 @@ class Metric(Protocol):
         """Rows or differences back: v W^-1."""
         ...
 
+    def raw_square(self, v: White) -> Tensor:
+        """Sum of the squares of all entries of `raw_direction(v)` for rows [B, D], a scalar with graph."""
+        ...
+
     def variance(self, space: str) -> Tensor:
         """Total variance, a scalar: tr S for "raw", d_eff = sum l_i / (l_i + alpha) for "white"."""
         ...

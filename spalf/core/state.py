@@ -190,7 +190,9 @@ class Learner:
         if not isinstance(value, Tensor):
             return value
         fused = bool(self.optimizer.param_groups[0].get("fused"))
-        return value.to(parameter.device if fused or value.ndim else "cpu", copy=True)
+        if value.ndim:  # kept shorter by one backend, perhaps, and now read by another
+            return value.to(parameter, copy=True)
+        return value.to(parameter.device if fused else "cpu", copy=True)
 
 
 @define(kw_only=True, eq=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from spalf.core.values import White
 from spalf.kernels.update import Pull, Shares
 
-GRAM = 128
+GRAM = 64
 """Most active features of a row that its Gram matrix holds."""
 
 

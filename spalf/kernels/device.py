@@ -110,22 +110,45 @@ def _gradient(begin, end, row, scale, source, dim, at, inside, BLOCK_N: tl.const
 
 
 @triton.jit
-def _adam(w, g, m_at, v_at, mask, hyper):
-    """The row after one Adam step; `hyper`: rate, beta1, beta2, eps, 1 - beta1^t, sqrt(1 - beta2^t)."""
+def _scattered(at, salt):
+    """Well mixed uint32 from an index and a step; a number per entry and step, the same in every run."""
+    h = (at.to(tl.uint32) ^ salt.to(tl.uint32)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _rounded(x, bits):
+    """float32 to bfloat16, up or down at random so that the mean is x: what is below half a step is not lost."""
+    up = x.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)
+    return (up & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
+def _adam(w, g, moment1, moment2, here, mask, hyper, SHORT: tl.constexpr):
+    """The row after one Adam step; `hyper`: rate, beta1, beta2, eps, 1 - beta1^t, sqrt(1 - beta2^t), t.
+
+    With `SHORT` the moments are kept in bfloat16, rounded at random.
+    """
     beta1, beta2 = tl.load(hyper + 1), tl.load(hyper + 2)
-    m = tl.load(m_at, mask=mask, other=0.0, eviction_policy="evict_first")
-    v = tl.load(v_at, mask=mask, other=0.0, eviction_policy="evict_first")
+    m = tl.load(moment1 + here, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    v = tl.load(moment2 + here, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     m = m + (g - m) * (1.0 - beta1)
     v = beta2 * v + (1.0 - beta2) * g * g
-    tl.store(m_at, m, mask=mask, eviction_policy="evict_first")
-    tl.store(v_at, v, mask=mask, eviction_policy="evict_first")
+    if SHORT:
+        bits = _scattered(here, _scattered(tl.load(hyper + 6).to(tl.int32), tl.full((), 0x68E31DA4, tl.uint32)))
+        tl.store(moment1 + here, _rounded(m, bits), mask=mask, eviction_policy="evict_first")
+        tl.store(moment2 + here, _rounded(v, bits >> 16), mask=mask, eviction_policy="evict_first")
+    else:
+        tl.store(moment1 + here, m, mask=mask, eviction_policy="evict_first")
+        tl.store(moment2 + here, v, mask=mask, eviction_policy="evict_first")
     rate = tl.load(hyper) / tl.load(hyper + 4)
     return w - rate * m / (tl.sqrt(v) / tl.load(hyper + 5) + tl.load(hyper + 3))
 
 
 @triton.jit
 def count_step(step, skip, rate, out, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr):
-    """step += 1 where `skip` is 0; out: rate, beta1, beta2, eps, 1 - beta1^t, sqrt(1 - beta2^t)."""
+    """step += 1 where `skip` is 0; out: rate, beta1, beta2, eps, 1 - beta1^t, sqrt(1 - beta2^t), t."""
     t = tl.load(step) + (1.0 - tl.load(skip))
     tl.store(step, t)
     tl.store(out, tl.load(rate).to(tl.float32))
@@ -138,6 +161,7 @@ def count_step(step, skip, rate, out, BETA1: tl.constexpr, BETA2: tl.constexpr, 
     left2 = tl.exp(t64 * tl.log(tl.full((), BETA2 if BETA2 > 0 else 1e-300, tl.float64)))
     tl.store(out + 4, (1.0 - left1).to(tl.float32))
     tl.store(out + 5, tl.sqrt(1.0 - left2).to(tl.float32))
+    tl.store(out + 6, t.to(tl.float32))
 
 
 # fmt: off
@@ -145,7 +169,7 @@ def count_step(step, skip, rate, out, BETA1: tl.constexpr, BETA2: tl.constexpr, 
 def update_rows(
     order, starts, row, scale, source, weight, moment1, moment2, low, more, sums, sphere, target, strength,
     first, last, hyper, skip, dim,
-    MORE: tl.constexpr, LOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MORE: tl.constexpr, LOW: tl.constexpr, SHORT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     # fmt: on
     """One feature's row of one matrix: gradient, its projection, Adam, norm and low-precision copy, in one pass.
@@ -174,7 +198,7 @@ def update_rows(
         if on_sphere:
             # g <- g - w (w'g) / (w'w)
             g -= w * (tl.sum(w * g, axis=0) / tl.maximum(tl.sum(w * w, axis=0), 1.1754944e-38))
-        w = _adam(w, g, moment1 + here, moment2 + here, inside, hyper)
+        w = _adam(w, g, moment1, moment2, here, inside, hyper, SHORT)
         if on_sphere:
             w = w / tl.maximum(tl.sqrt(tl.sum(w * w, axis=0)), 1.1754944e-38)
         tl.store(weight + here, w, mask=inside, eviction_policy="evict_first")

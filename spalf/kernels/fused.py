@@ -140,6 +140,10 @@ class FusedOps:
     name: str = "triton"
     compute: str = "bfloat16"
     bounded: bool = True
+    moments: torch.dtype = torch.float32
+    """In which the two matrices' moments are kept: float32, or bfloat16 rounded at random."""
+    replay: bool = True
+    """Whether a step may be recorded."""
     _capacity: Capacity = field(factory=Capacity)
     _shares: update.Shares = field(factory=update.Shares)
     _shadows: dict[str, tuple[int, int, Tensor]] = field(factory=dict)
@@ -243,16 +247,17 @@ class FusedOps:
         if self._sphere_F is None:
             self._sphere_F = update.sphere_of(learner)
         sae = learner.sae
-        low = None
+        precision = update.Precision(moments=self.moments)
         if self.compute == "bfloat16":
-            low = (self._low("W_dec_FD", sae.W_dec_FD), self._low("W_enc_FD", sae.W_enc_FD))
+            low = {"dec": self._low("W_dec_FD", sae.W_dec_FD), "enc": self._low("W_enc_FD", sae.W_enc_FD)}
+            precision = update.Precision(**low, moments=self.moments)
         with torch.no_grad():
-            update.update_(learner, shares, pull, self._sphere_F, low)
+            update.update_(learner, shares, pull, self._sphere_F, precision)
         return True
 
     def kind(self, sae: Autoencoder) -> Hashable:
         """The lists' length, and which writing of the matrices the copies in low precision are of."""
-        if not 0 < self._capacity.limit <= int(_SPARSE * sae.width):
+        if not self.replay or not 0 < self._capacity.limit <= int(_SPARSE * sae.width):
             return None
         return self._capacity.limit, *((w.data_ptr(), w._version) for w in (sae.W_enc_FD, sae.W_dec_FD))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define, field, frozen
 from torch import Tensor
 
 from spalf.core.state import Learner
@@ -64,13 +64,16 @@ def fits(learner: Learner) -> bool:
     return learner.rule.rule == "adam" and known and fused and moves_both
 
 
-def _moments(learner: Learner, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(steps done, first moment, second moment), made where there are none, as torch's Adam makes them."""
+def _moments(learner: Learner, parameter: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(steps done, first moment, second moment) in `dtype`, made where there are none, as torch's Adam makes them."""
     state: dict[str, Any] = learner.optimizer.state[parameter]
     if not state:
         state["step"] = torch.zeros((), device=parameter.device)
-        state["exp_avg"] = torch.zeros_like(parameter)
-        state["exp_avg_sq"] = torch.zeros_like(parameter)
+    for name in ("exp_avg", "exp_avg_sq"):
+        if name not in state:
+            state[name] = torch.zeros_like(parameter, dtype=dtype)
+        elif state[name].dtype != dtype:
+            state[name] = state[name].to(dtype)
     return state["step"], state["exp_avg"], state["exp_avg_sq"]
 
 
@@ -97,12 +100,12 @@ def _joined(shares: list[Share], by: ByFeature, like_FD: Tensor, low: bool) -> t
 
 
 def _hyper(learner: Learner, parameter: Tensor, step: Tensor, skip: Tensor) -> Tensor:
-    """Count a step, and give rate, betas, eps, 1 - beta1^t and sqrt(1 - beta2^t), float32 [6] on the device."""
+    """Count a step, and give rate, betas, eps, 1 - beta1^t, sqrt(1 - beta2^t) and t, float32 [7] on the device."""
     group = next(g for g in learner.optimizer.param_groups if g["params"][0] is parameter)
     rate = group["lr"]
     if not isinstance(rate, Tensor):
         rate = torch.full((), rate, device=parameter.device)  # filled there: a copy from the host would wait
-    out = torch.empty(6, device=parameter.device)
+    out = torch.empty(7, device=parameter.device)
     beta1, beta2 = group["betas"]
     device.count_step[(1,)](step, skip, rate, out, BETA1=beta1, BETA2=beta2, EPS=group["eps"])
     return out
@@ -132,12 +135,27 @@ class Sources:
     pull: Pull | None = None
 
 
+@frozen(kw_only=True)
+class Precision:
+    """Bfloat16 copies of W_dec and W_enc, written along, and the moments' type."""
+
+    dec: Tensor | None = None
+    enc: Tensor | None = None
+    moments: torch.dtype = torch.float32
+
+
 def _step_rows(
-    learner: Learner, weight: torch.nn.Parameter, made_of: Sources, low: Tensor | None, sphere_F: Tensor, skip: Tensor
+    learner: Learner,
+    weight: torch.nn.Parameter,
+    made_of: Sources,
+    low: Tensor | None,
+    moments: torch.dtype,
+    sphere_F: Tensor,
+    skip: Tensor,
 ) -> Tensor:
     """Gradient, projection, Adam and norm of every row of one matrix; returns each feature's sum of weights, [F]."""
     (width, dim), more, pull = weight.shape, weight.grad, made_of.pull
-    step, moment1, moment2 = _moments(learner, weight)
+    step, moment1, moment2 = _moments(learner, weight, moments)
     hyper = _hyper(learner, weight, step, skip)
     sums_F = torch.zeros(width, device=weight.device)
     device.update_rows[(width,)](
@@ -162,6 +180,7 @@ def _step_rows(
         dim,
         MORE=more is not None,
         LOW=low is not None,
+        SHORT=moments == torch.bfloat16,
         BLOCK_N=4,
         BLOCK_D=power_of_2(dim, 16, 1 << 16),
         num_warps=power_of_2(dim // 512, 1, 8),
@@ -175,11 +194,11 @@ def update_(
     shares: list[Share],
     pull: Pull | None,
     sphere_F: Tensor,
-    shadows: tuple[Tensor, Tensor] | None,
+    precision: Precision,
 ) -> None:
     """One Adam step of both matrices and of everything else; on the device a no-op where a list was cut.
 
-    `shadows` are bfloat16 copies of W_dec and W_enc, written along. A `.grad` that other terms left is added.
+    A `.grad` that other terms left is added.
     """
     sae = learner.sae
     dec, enc, bias = sae.W_dec_FD, sae.W_enc_FD, sae.b_enc_F
@@ -188,11 +207,11 @@ def update_(
     shares = sorted(shares, key=lambda s: s.white_BD is None)
     skip = _skip(shares, dec.device)
     by = turn_over([s.index_BK for s in shares], sae.width)
-    z_N, force_N, grad_BD, white_BD = _joined(shares, by, dec, shadows is not None)
-    low_dec, low_enc = shadows if shadows is not None else (None, None)
-    _step_rows(learner, dec, Sources(by, z_N, grad_BD, pull), low_dec, sphere_F, skip)
+    z_N, force_N, grad_BD, white_BD = _joined(shares, by, dec, precision.dec is not None)
+    moments = precision.moments
+    _step_rows(learner, dec, Sources(by, z_N, grad_BD, pull), precision.dec, moments, sphere_F, skip)
     free_F = torch.zeros_like(sphere_F)
-    force_F = _step_rows(learner, enc, Sources(by, force_N, white_BD), low_enc, free_F, skip)
+    force_F = _step_rows(learner, enc, Sources(by, force_N, white_BD), precision.enc, moments, free_F, skip)
     if bias.requires_grad:
         bias.grad = force_F if bias.grad is None else bias.grad + force_F
     _others(learner, skip)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spalf.core.built import Metric
 from spalf.core.slots import whitener
+from spalf.core.squares import quadratic_form, sum_of_squares
 from spalf.core.values import Facts, Raw, White
 from spalf.errors import RunError
 
@@ -93,6 +94,10 @@ class Affine(nn.Module, ABC):
         """Rows or differences back: v W^-1."""
         return Raw(self.times_inverse(_precise(v)))
 
+    def raw_square(self, v: White) -> Tensor:
+        """||v W^-1||^2, summed over rows [B, D]: a scalar with graph."""
+        return sum_of_squares(self.raw_direction(v))
+
     def variance(self, space: str) -> Tensor:
         """tr S for "raw", tr(W S W) for "white": the total variance on that side, a float32 scalar."""
         if space not in ("raw", "white"):
@@ -130,6 +135,16 @@ class Dense(Affine):
         super().__init__(d_model)
         self.register_buffer("W_DD", torch.eye(d_model))
         self.register_buffer("inverse_DD", torch.eye(d_model))
+        self._form: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
+
+    def raw_square(self, v: White) -> Tensor:
+        v = White(_precise(v))
+        # W^-2, made anew when a fit or a checkpoint has changed W^-1.
+        key = (self.inverse_DD.data_ptr(), self.inverse_DD._version, v.dtype)
+        if self._form is None or self._form[0] != key:
+            wide_DD = self.inverse_DD.double()
+            self._form = key, (wide_DD @ wide_DD).to(v.dtype)
+        return quadratic_form(v, self._form[1])
 
     def times_W(self, v: Tensor) -> Tensor:
         return v @ self.W_DD.to(v.dtype)
@@ -211,6 +226,10 @@ class Scaled(Affine):
 
     def times_inverse(self, v: Tensor) -> Tensor:
         return v * self.scale.to(v.dtype)
+
+    def raw_square(self, v: White) -> Tensor:
+        v = White(_precise(v))
+        return self.scale.to(v.dtype).square() * sum_of_squares(v)
 
 
 @whitener("soft_zca")

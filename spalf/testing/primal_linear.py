@@ -73,6 +73,15 @@ def raw_undoes_white(component: Any) -> None:
     assert apart(metric.raw_direction(metric.white_direction(v)), v) < 1e-3
 
 
+def raw_square_is_that_of_raw_rows_and_so_is_its_gradient(component: Any) -> None:
+    metric = fitted(component, sample())
+    v = White(torch.randn(16, D, generator=torch.Generator().manual_seed(3)).requires_grad_(True))
+    wanted = metric.raw_direction(v).square().sum()
+    torch.testing.assert_close(metric.raw_square(v), wanted, rtol=1e-4, atol=0)
+    (grad,), (right,) = torch.autograd.grad(metric.raw_square(v), v), torch.autograd.grad(wanted, v)
+    assert apart(grad, right) < 1e-3
+
+
 def directions_are_differences_of_points(component: Any) -> None:
     points_BD = Raw(sample().float())
     metric = fitted(component, sample())
@@ -128,6 +137,7 @@ def refuses_activations_that_do_not_vary(component: Any) -> None:
 
 WHITENER = (
     raw_undoes_white,
+    raw_square_is_that_of_raw_rows_and_so_is_its_gradient,
     directions_are_differences_of_points,
     both_maps_are_symmetric_and_well_conditioned,
     white_is_centred_and_no_more_spread_than_raw,

@@ -210,3 +210,32 @@ def test_a_matrix_that_is_held_is_left_to_the_optimizer(frozen: str) -> None:
     before = getattr(made.sae, frozen).clone()
     made.descend((made.sae.decode(made.sae.encode(White(x_BD))) - x_BD).square().mean(), Clock(step=0, total=10))  # type: ignore[arg-type]
     torch.testing.assert_close(getattr(made.sae, frozen), before, rtol=0, atol=1e-6)  # rows are projected all the same
+
+
+@pytest.mark.slow
+def test_moments_in_bfloat16_are_right_on_average() -> None:
+    """With an unchanging gradient the moments are known; rounded to nearest, the second would stop at a tenth of it."""
+    made, _ = learner(fused.FusedOps(compute="float32", moments=torch.bfloat16), (3, 8, 24), betas=(0.9, 0.99))
+    exact, _ = learner(fused.FusedOps(compute="float32"), (3, 8, 24), betas=(0.9, 0.99))
+    weight_FD = torch.linspace(-1, 1, made.sae.W_dec_FD.numel(), device=DEVICE).reshape(made.sae.W_dec_FD.shape)
+    for step in range(8):
+        for one in (made, exact):
+            one.descend((one.sae.W_dec_FD * weight_FD).sum(), Clock(step=step, total=100))  # type: ignore[arg-type]
+    for key, tolerance in (("exp_avg", 1e-3), ("exp_avg_sq", 5e-3)):
+        short, full = (one.optimizer.state[one.sae.W_dec_FD][key] for one in (made, exact))
+        assert short.dtype == torch.bfloat16 and full.dtype == torch.float32
+        ratio_FD = short.double() / full.double().where(full != 0, torch.ones_like(full, dtype=torch.float64))
+        assert abs(float(ratio_FD[full != 0].mean()) - 1) < tolerance
+        assert float((ratio_FD[full != 0] - 1).abs().quantile(0.95)) < 0.02
+    rows = made.sae.rows["b"]
+    torch.testing.assert_close(made.sae.W_dec_FD[rows], exact.sae.W_dec_FD[rows], rtol=0, atol=5e-3)
+
+
+def test_moments_are_read_back_in_either_precision() -> None:
+    made, x_BD = learner(fused.FusedOps(compute="float32", moments=torch.bfloat16), (3, 4, 40))
+    made.descend(loss_of(made.sae, x_BD), Clock(step=0, total=10))  # type: ignore[arg-type]
+    other, _ = learner(fused.FusedOps(compute="float32"), (3, 4, 40))
+    other.load_state_dict(made.state_dict())
+    saved = made.optimizer.state[made.sae.W_dec_FD]["exp_avg_sq"]
+    read = other.optimizer.state[other.sae.W_dec_FD]["exp_avg_sq"]
+    assert read.dtype == torch.float32 and torch.equal(read, saved.float())

@@ -45,6 +45,9 @@ class ShiftMetric(nn.Module):
     def raw_direction(self, v: White) -> Raw:
         return Raw(v * self.scale.to(v.dtype))
 
+    def raw_square(self, v: White) -> Tensor:
+        return self.scale.square() * v.square().sum()
+
     def variance(self, space: str) -> Tensor:
         """tr S about the mean of the shifts: in model space, or divided by scale^2 in the scaled one."""
         if space not in ("raw", "white"):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spalf.core.recipe import Derived, Plan
 from spalf.core.slots import constraint, from_knob
+from spalf.core.squares import sum_of_squares
 from spalf.core.values import View, White
 from spalf.parts.constraint.derived import measured
 
@@ -17,8 +18,8 @@ from spalf.parts.constraint.derived import measured
 def squared_error(view: View, space: str) -> Tensor:
     """Mean over rows of ||x - x_hat||^2 in raw or whitened coordinates, a scalar."""
     error_BD = White(view.forward.white_BD - view.forward.white_hat_BD)
-    measured_BD = view.metric.raw_direction(error_BD) if space == "raw" else error_BD
-    return measured_BD.square().sum(-1).mean()
+    total = view.metric.raw_square(error_BD) if space == "raw" else sum_of_squares(error_BD)
+    return total / error_BD.shape[0]
 
 
 @constraint("faithfulness")

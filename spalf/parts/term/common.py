@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spalf.core.recipe import Plan
+from spalf.core.squares import sum_of_squares
 from spalf.core.values import Clock, Code, View, White
 from spalf.errors import Problem, RecipeError, RunError
 
@@ -37,7 +38,7 @@ def lengths(view: View) -> Tensor:
 
 def mean_square(error_BD: Tensor) -> Tensor:
     """Mean over rows of ||e||^2."""
-    return error_BD.square().sum(-1).mean()
+    return sum_of_squares(error_BD) / error_BD.shape[0]
 
 
 def decoded(view: View, z_BF: Tensor, rows: slice | Tensor) -> White:

@@ -51,15 +51,15 @@ class RelativeMse:
 
     def value(self, view: View) -> Tensor:
         forward = view.forward
-        error_BD = self._measured(view, White(forward.white_BD - forward.white_hat_BD))
+        error = self._mean_square(view, White(forward.white_BD - forward.white_hat_BD))
         if self.over == "data":
             total = view.metric.variance(self.space).detach()
         else:
-            total = mean_square(self._measured(view, White(forward.white_BD - forward.white_BD.mean(0))))
-        return self.weight * mean_square(error_BD) / total.clamp(min=torch.finfo(total.dtype).tiny)
+            total = self._mean_square(view, White(forward.white_BD - forward.white_BD.mean(0)))
+        return self.weight * error / total.clamp(min=torch.finfo(total.dtype).tiny)
 
-    def _measured(self, view: View, v_BD: White) -> Tensor:
-        return view.metric.raw_direction(v_BD) if self.space == "raw" else v_BD
+    def _mean_square(self, view: View, v_BD: White) -> Tensor:
+        return view.metric.raw_square(v_BD) / v_BD.shape[0] if self.space == "raw" else mean_square(v_BD)
 
 
 def _rising(instance: Any, attribute: Attribute[Any], value: tuple[float, ...]) -> None:

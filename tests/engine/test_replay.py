@@ -1,0 +1,121 @@
+"""Recorded steps: when one is recorded, and that its numbers are those of a step that is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attrs import evolve
+
+from spalf.core import tree
+from spalf.core.values import Batch, Raw, Signal
+from spalf.engine import replay, step
+from spalf.engine.build import build
+from spalf.engine.replay import Outcome, Replay
+from spalf.testing import toy_plan
+from spalf.testing.whole import CPU, enter, through
+
+BATCH = Batch(x_BD=Raw(torch.zeros(2, 3)))
+
+
+def outcome_of(state: Any) -> Outcome:
+    m = state.control.on_M
+    signal = Signal(g_M=m * 1.0, fast_M=m * 1.0, slow_M=m * 1.0, previous_M=m * 1.0, on_M=m)
+    return Outcome(control=state.control, silent_F=state.silent_F, signal=signal, lam_M=m * 1.0, numbers={})
+
+
+def test_a_kind_is_recorded_at_its_second_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = build(toy_plan(), CPU)
+    out, told = outcome_of(state), []
+
+    class Recorded:
+        def __init__(self, key: Any) -> None:
+            self.key = key
+
+        def __call__(self, *_: Any) -> Outcome:
+            told.append(f"replay {self.key}")
+            return out
+
+    def record(_: Any, key: Any, *__: Any) -> Any:
+        told.append(f"record {key}")
+        return Recorded(key)
+
+    def body(_: Batch) -> Outcome:
+        told.append("body")
+        return out
+
+    monkeypatch.setattr(Replay, "_record", record)
+    made = Replay()
+    for key in ("a", "a", "a", "b", "a", "b", "b"):
+        assert made.step(key, state, BATCH, body) is out
+    first = ["body", "record a", "replay a", "replay a"]
+    # A step of another kind in between leaves the recorded one where it is.
+    assert told == [*first, "body", "replay a", "record b", "replay b", "replay b"]
+
+
+def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = build(toy_plan(), CPU)
+    out = outcome_of(state)
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Replay, "_record", refuse)
+    made, draws = Replay(), state.rng.device.get_state()
+    made.step("a", state, BATCH, lambda _: out)
+    with pytest.warns(RuntimeWarning, match="could not be recorded .*not permitted"):
+        assert made.step("a", state, BATCH, lambda _: out) is out
+    assert torch.equal(state.rng.device.get_state(), draws)
+    assert made.step("a", state, BATCH, lambda _: out) is out
+
+
+def test_pouring_reads_all_before_it_writes() -> None:
+    plan = toy_plan()
+    control = tree.apply(torch.clone, build(plan, CPU).control)
+    ones = torch.ones_like(control.filter.fast_M)
+    control = evolve(control, filter=evolve(control.filter, fast_M=ones, previous_M=0 * ones))
+    # The new record's previous value is the old one's current tensor.
+    moved = evolve(control, filter=evolve(control.filter, fast_M=2 * ones, previous_M=control.filter.fast_M))
+    replay._pour(moved, control)
+    assert control.filter.fast_M.tolist() == [2.0] * len(ones)
+    assert control.filter.previous_M.tolist() == [1.0] * len(ones)
+
+
+def test_parts_that_read_the_clock_or_wait_are_not_recorded() -> None:
+    plan = toy_plan()
+    assert replay.is_capturable(plan, ("l0",), ("faithfulness", "orthogonality"))
+    warm = evolve(plan.recipe.term["l0"], warmup=5)  # type: ignore[arg-type,misc]
+    rising = evolve(plan, recipe=evolve(plan.recipe, term={**plan.recipe.term, "l0": warm}))
+    assert not replay.is_capturable(rising, ("l0",), ("faithfulness",))
+
+    class Foreign:
+        """A part that says nothing."""
+
+    other = evolve(plan, recipe=evolve(plan.recipe, term={**plan.recipe.term, "foreign": Foreign()}))
+    assert not replay.is_capturable(other, ("foreign",), ())
+
+
+@pytest.mark.gpu
+def test_recorded_steps_give_the_numbers_of_unrecorded_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(recorded: bool) -> tuple[list[float], dict[str, Any], list[int]]:
+        plan = toy_plan('kernel = "triton"')
+        state = build(plan, torch.device("cuda"))
+        through(plan, state, "calibrate")
+        enter(plan, state, "fit")
+        made: list[int] = []
+        if not recorded:
+            monkeypatch.setattr(Replay, "step", lambda self, key, state, batch, body: body(batch))
+        losses = []
+        for _ in range(60):
+            reading, _ = step.primal_dual_step(plan, state, ("l0",), ("faithfulness", "orthogonality"))
+            losses.append(reading.values["loss"])
+        if state.sae.machine.replay._recorded is not None:
+            made.append(1)
+        return [float(loss) for loss in losses], tree.flatten(state.control), made
+
+    ours, control, made = trained(recorded=True)
+    plain, other, _ = trained(recorded=False)
+    assert made and ours == pytest.approx(plain, rel=1e-3)
+    for name, leaf in control.items():
+        torch.testing.assert_close(leaf, other[name], rtol=1e-2, atol=1e-3)
