@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from attrs import define
 from torch import Tensor
+from torch.nn.functional import embedding, normalize
 
 from spalf.core.protocols import Autoencoder
 from spalf.core.state import Learner
@@ -131,10 +132,12 @@ def coactivation(
     row_N, feature_N = thinned(*active(code, sample_R, rows), sample_R.shape[0], draw)
     place_N, k_R = positions(row_N, sample_R.shape[0])
     distinct_U, which_N = torch.unique(feature_N, return_inverse=True)
-    unit_UD = torch.nn.functional.normalize(direction(White(sae.W_dec_FD[distinct_U])), dim=-1)
+    # `embedding` is indexing by rows, several times as fast on a CPU.
+    unit_UD = normalize(direction(White(embedding(distinct_U, sae.W_dec_FD))), dim=-1)
     listed = max(1, int(k_R.max())) if k_R.numel() else 1
-    empty_RKD = unit_UD.new_zeros(sample_R.shape[0], listed, unit_UD.shape[-1])
-    unit_RKD = empty_RKD.index_put((row_N, place_N), unit_UD[which_N])
+    empty_PD = unit_UD.new_zeros(sample_R.shape[0] * listed, unit_UD.shape[-1])
+    unit_PD = empty_PD.index_copy(0, row_N * listed + place_N, embedding(which_N, unit_UD))
+    unit_RKD = unit_PD.view(sample_R.shape[0], listed, -1)
     cosine_RKK = unit_RKD @ unit_RKD.mT
     # ||M M'||_F^2 - k, the diagonal being 1
     squared_R = cosine_RKK.square().sum((1, 2)) - cosine_RKK.diagonal(dim1=1, dim2=2).square().sum(1)

@@ -15,7 +15,11 @@ def listed(value_F: Tensor, index_BK: Tensor | None, padding: float) -> Tensor:
     """`value_F` per entry: [F] for a dense code, [B, K] for a compact one, `padding` at index F."""
     if index_BK is None:
         return value_F
-    return torch.cat([value_F, value_F.new_full((1,), padding)])[index_BK]
+    padded = torch.cat([value_F, value_F.new_full((1,), padding)])
+    if index_BK.is_cuda:
+        return padded[index_BK]
+    # The same numbers, several times as fast on a CPU.
+    return padded.index_select(0, index_BK.reshape(-1)).view(index_BK.shape)
 
 
 def upper_quantiles(pre_BC: Tensor, density: float) -> Tensor:
