@@ -41,6 +41,7 @@ def write(name: str, directory: Path, device: torch.device, *, tokens: int = 1 <
     Raises RecipeError for a shape that is not known.
     """
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers.utils import logging
 
     if name not in SHAPES:
         raise RecipeError(
@@ -61,6 +62,8 @@ def write(name: str, directory: Path, device: torch.device, *, tokens: int = 1 <
         torch.manual_seed(0)
         model: Any = GPTNeoXForCausalLM(config)
         model.to(torch.bfloat16)
+    bars: Any = logging
+    bars.disable_progress_bar()  # the terminal belongs to the command line
     model.save_pretrained(directory / name)
     del model
     text = directory / "random.u16"

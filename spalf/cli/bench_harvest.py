@@ -69,7 +69,7 @@ def harvest(
         if not quiet:
             note(f"measuring {recipe} ...")
         report = measuring.report(recipe, (*made, *sets), device=device, steps=steps, phase=phase)
-        out = report.table()
+        out = report.table() | ({"model": f"random {random_model}"} if random_model else {})
         if peers is not None:
             if not quiet:
                 note("measuring SAELens ...")

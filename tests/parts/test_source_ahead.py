@@ -359,6 +359,39 @@ def test_overlapped_rows_equal_plain_ones_on_a_device(source: Huggingface, dtype
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_one_bad_number_is_found_on_a_device(bad: float, overlap: bool) -> None:
+    class Bad(Counting):
+        def fill_(self, out_ND: Tensor) -> int:
+            first = self.row
+            n = super().fill_(out_ND)
+            out_ND[:n] = out_ND[:n].sin()
+            if first <= 65_000 < first + n:
+                out_ND[65_000 - first, 1] = bad
+            return n
+
+    def start() -> Blocks:
+        lane = ahead.lane_of(CUDA, overlap)
+        return Blocks(Bad(stride=4096), rows=50_000, d_model=2, dtype=torch.bfloat16, device=CUDA, seed=0, lane=lane)
+
+    def save(stream: Blocks) -> None:
+        stream.next(2)
+        stream.state_dict()
+
+    def go_on(stream: Blocks) -> None:
+        for _ in range(30):
+            stream.next(5000)
+
+    for act in (save, go_on):
+        stream = start()
+        stream.next(49_999)
+        stream.state_dict()
+        with pytest.raises(SourceError, match=r"block 1 .* NaN or infinite"):
+            act(stream)
+
+
+@pytest.mark.gpu
 def test_stored_rows_overlap_on_a_device(shards: Activations) -> None:
     plain, stream = evolve(shards, overlap=False).open(0, CUDA), shards.open(0, CUDA)
     for _ in range(50):
