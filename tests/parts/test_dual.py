@@ -34,8 +34,8 @@ def test_conforms(check: Any) -> None:
     check()
 
 
-def test_all_five_are_here() -> None:
-    assert {label(cls).use for cls in DUALS} == {"adrc", "adrc_literal", "pi", "nupi", "ascent"}
+def test_all_six_are_here() -> None:
+    assert {label(cls).use for cls in DUALS} == {"adrc", "adrc_literal", "adrc_tracking", "pi", "nupi", "ascent"}
 
 
 # ------------------------------------------------------------------------------------------------ the bank itself
@@ -97,7 +97,7 @@ def test_off_constraints_keep_their_state(cls: type) -> None:
 def test_out_of_reach_ends_at_the_limit(cls: type) -> None:
     dual = settled(attrs.evolve(example(cls), limit=7.0), every=1)
     state = dual.init(1)
-    for _ in range(500):
+    for _ in range(2000):
         state = dual.step(state, signal([1.0]))
     assert float(state.lam_M) == 7.0
 

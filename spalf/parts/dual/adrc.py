@@ -1,8 +1,4 @@
-"""Duals: how the multipliers lam_M move. M constraints; stepped on the filter's ticks.
-
-v is the fast filtered violation of this tick, v_previous that of the last one. Every law projects onto
-[0, limit]; a multiplier that sits at `limit` says that its constraint is out of reach.
-"""
+"""First-order ADRC: gains from a model of the plant; and the published recursion, which diverges."""
 
 from __future__ import annotations
 
@@ -18,22 +14,10 @@ from spalf.core.recipe import Derived, Plan
 from spalf.core.slots import dual
 from spalf.core.values import Signal
 from spalf.errors import ComponentError
+from spalf.parts.dual.law import LIMIT, projected
 
-LIMIT = 1e3
-"""Default bound of a multiplier; lam is relative objective per relative budget, of order 1 in a healthy run."""
 RESPONSE = 200.0
 """Steps in which faithfulness answers its multiplier in training: hundreds, where the drift of L0 takes thousands."""
-
-
-def _projected(state_M: Tensor, wanted_M: Tensor, signal: Signal, limit: float) -> Tensor:
-    return torch.where(signal.on_M, wanted_M.clamp(0.0, limit), state_M)
-
-
-@frozen(kw_only=True, eq=False)
-class LamState:
-    """Multipliers alone: `v_previous` is the signal's."""
-
-    lam_M: Tensor
 
 
 @frozen(kw_only=True, eq=False)
@@ -133,7 +117,7 @@ class Adrc:
         k_p, k_i = self.gains()
         b0_M = self.gain * (1.0 - self.phi) / (2.0 * signal.rho_M)
         push_M = (k_p * (v_M - signal.previous_M) + k_i * (v_M + self.margin)) / b0_M
-        lam_M = _projected(state.lam_M, state.lam_M + push_M, signal, self.limit)
+        lam_M = projected(state.lam_M, state.lam_M + push_M, signal, self.limit)
         # The observer's state after the projection: f = b0 lam - (phi - 1 + k) v.
         f_M = b0_M * lam_M - (self.phi - 1.0 + self.bandwidth) * v_M
         return AdrcState(lam_M=lam_M, disturbance_M=torch.where(signal.on_M, f_M, state.disturbance_M))
@@ -169,74 +153,6 @@ class AdrcLiteral:
         wanted_M = state.lam_M + 2 * w * (v_M - before_M) + w**2 * before_M - f_M
         xi_M = (1 - w) * state.xi_M - w**2 * v_M - w * state.lam_M
         return ObserverState(
-            lam_M=_projected(state.lam_M, wanted_M, signal, self.limit),
+            lam_M=projected(state.lam_M, wanted_M, signal, self.limit),
             xi_M=torch.where(signal.on_M, xi_M, state.xi_M),
         )
-
-
-@dual("pi")
-class Pi:
-    """lam <- [lam + kp (v - v_previous) + ki v]; gains per tick.
-
-    A proportional gain acts on the primal as a penalty does (arXiv 2509.22500): beside rho > 0 it counts twice.
-    """
-
-    kp: float = field(default=0.5, validator=ge(0.0))
-    ki: float = field(default=0.5, validator=gt(0.0))
-    limit: float = field(default=LIMIT, validator=gt(0.0))
-
-    def init(self, m: int) -> LamState:
-        return LamState(lam_M=torch.zeros(m))
-
-    def step(self, state: LamState, signal: Signal) -> LamState:
-        push_M = self.kp * (signal.fast_M - signal.previous_M) + self.ki * signal.fast_M
-        return LamState(lam_M=_projected(state.lam_M, state.lam_M + push_M, signal, self.limit))
-
-
-@frozen(kw_only=True, eq=False)
-class NuPiState:
-    """Multipliers, the smoothed violation s, and whether s has been started (boolean)."""
-
-    lam_M: Tensor
-    smooth_M: Tensor
-    started_M: Tensor
-
-
-@dual("nupi")
-class NuPi:
-    """nuPI (arXiv 2406.04558): s' = nu s + (1 - nu) v;  lam <- [lam + ki v + kp (s' - s)]; gains per tick.
-
-    s starts at the violation at which its constraint entered. nu = 0 and kp = ki is optimistic ascent.
-    """
-
-    nu: float = field(default=0.5, validator=and_(gt(-1.0), lt(1.0)))
-    kp: float = field(default=0.5, validator=ge(0.0))
-    ki: float = field(default=0.5, validator=gt(0.0))
-    limit: float = field(default=LIMIT, validator=gt(0.0))
-
-    def init(self, m: int) -> NuPiState:
-        return NuPiState(lam_M=torch.zeros(m), smooth_M=torch.zeros(m), started_M=torch.zeros(m, dtype=torch.bool))
-
-    def step(self, state: NuPiState, signal: Signal) -> NuPiState:
-        before_M = torch.where(state.started_M, state.smooth_M, signal.previous_M)
-        smooth_M = self.nu * before_M + (1 - self.nu) * signal.fast_M
-        push_M = self.ki * signal.fast_M + self.kp * (smooth_M - before_M)
-        return NuPiState(
-            lam_M=_projected(state.lam_M, state.lam_M + push_M, signal, self.limit),
-            smooth_M=torch.where(signal.on_M, smooth_M, state.smooth_M),
-            started_M=state.started_M | signal.on_M,
-        )
-
-
-@dual("ascent")
-class Ascent:
-    """lam <- [lam + rate v] per tick; with rate = 2 rho and a settled primal it is the method of multipliers."""
-
-    rate: float = field(default=1.0, validator=gt(0.0))
-    limit: float = field(default=LIMIT, validator=gt(0.0))
-
-    def init(self, m: int) -> LamState:
-        return LamState(lam_M=torch.zeros(m))
-
-    def step(self, state: LamState, signal: Signal) -> LamState:
-        return LamState(lam_M=_projected(state.lam_M, state.lam_M + self.rate * signal.fast_M, signal, self.limit))
