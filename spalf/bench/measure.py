@@ -13,12 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from spalf import launch
+from spalf import plugins
+from spalf.assembly import compile as compiler
+from spalf.core.protocols import Stream
+from spalf.core.recipe import Plan, Recipe
+from spalf.core.state import TrainingState
 from spalf.core.values import White
-from spalf.engine import checkpoint, matching
 from spalf.engine import evaluate as measuring
+from spalf.engine import matching
 from spalf.engine.build import build
 from spalf.engine.step import dead_window
+from spalf.exchange import adopt, formats
 
 SAME = 0.7
 """Cosine above which a matched pair is called one feature."""
@@ -29,18 +34,13 @@ KEPT = (
 """Measures that a line keeps under their own names, beside `fvu` (raw) and `dead`."""
 
 
-def measure(run: Path, base: Path, held_out_seed: int, device: str, decoder: Path | None) -> dict[str, float]:
-    """Measures of a run's newest checkpoint by the evaluators of the recipe `base`.
+def measure(plan: Plan, state: TrainingState, shared: Recipe, decoder: Path | None) -> dict[str, float]:
+    """Measures of a state by the evaluators of the recipe `shared`, on the held-out documents of the state's stream.
 
     `fvu` is 1 - R2 of raw activations; `dead` the share of features that fire on none of 65,536 held-out activations,
     whatever training knew of them. `decoder` is written with the unit rows [F, D] in model space, float16.
     """
-    shared = launch.compile_recipe(base).recipe
-    where = launch.device_of(device)
-    at, plan, _ = launch.plan_at(run, None, ())
     plan = evolve(plan, recipe=evolve(plan.recipe, evaluator=shared.evaluator))
-    state = build(plan, where, shared.source.open(held_out_seed, where))
-    checkpoint.load(at, plan, state)
     # As an imported dictionary has it: what has not fired on these documents is dead.
     state.silent_F.fill_(dead_window(plan) + 1)
     scores = measuring.evaluate(plan, state)
@@ -48,6 +48,24 @@ def measure(run: Path, base: Path, held_out_seed: int, device: str, decoder: Pat
         with torch.no_grad():
             write_rows(decoder, state.metric.raw_direction(White(state.sae.W_dec_FD)))
     return flat(scores)
+
+
+def adopted(
+    saved: Path, format: str, base: Path, stream: Stream, device: torch.device, tokens: int
+) -> tuple[Plan, TrainingState]:
+    """What a peer has saved, as a state on `stream`; its mean and scale are measured on `tokens` activations of it.
+
+    Raises ExchangeError where the folder cannot be read.
+    """
+    dictionary = formats.read(saved, format)
+    _, registry = plugins.load()
+    # None of the preset's own evaluators: what measures is the suite's.
+    sets = [f"evaluator.{name}=false" for name in ("downstream_loss", "sparsity_frontier")]
+    plan = compiler.compile(adopt.table_of(dictionary, "peer", str(base), sets), registry)
+    state = build(plan, device, stream)
+    adopt.fit(plan, state, tokens)
+    adopt.pour(dictionary, plan, state)
+    return plan, state
 
 
 def flat(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

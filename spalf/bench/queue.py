@@ -16,7 +16,7 @@ from attrs import define, field, frozen
 from spalf.assembly import toml
 from spalf.bench import results, tables
 from spalf.bench.jobs import Due, Job, expand
-from spalf.bench.processes import ANSWER, Harvest, Process, alone_on_path, task
+from spalf.bench.processes import Harvest, Process, alone_on_path, task, told_to_end
 from spalf.bench.suite import Suite
 from spalf.record import write_whole
 
@@ -83,8 +83,9 @@ class Queue:
             self._recipe = self._work / "base.toml"
             write_whole(self._recipe, toml.write({**self._base.table, "name": "base"}))
             try:
-                while self._step():
-                    time.sleep(POLL)
+                with told_to_end():
+                    while self._step():
+                        time.sleep(POLL)
             finally:
                 for one in self._running:
                     one.process.kill()
@@ -157,7 +158,7 @@ class Queue:
             decoders = [str(self._rows_of(key)) for key in job.work["of"]]
             return task({"kind": "agree", "decoders": decoders, "rows": job.work["rows"]}, directory)
         write_whole(directory / "recipe.toml", toml.write(job.work))
-        table = {"kind": "train", "recipe": str(directory / "recipe.toml"), "out": str(directory / "runs")}
+        table = {"kind": "train", "recipe": str(directory / "recipe.toml"), "out": str(directory / "run")}
         return task({**table, **self._common(job)}, directory)
 
     def _start_peers(self, jobs: Sequence[Job]) -> None:
@@ -232,7 +233,6 @@ class Queue:
             "kind": "adopt",
             "saved": str(one.directory / "saved"),
             "format": FORMATS[one.job.work["library"]],
-            "out": str(one.directory),
             "tokens": min(IMPORTED, samples),
         }
         one.process = task({**table, **self._common(one.job)}, one.directory)
@@ -280,4 +280,4 @@ class Queue:
         return Outcome(done=tuple(done), failed=failed, left=left)
 
 
-__all__ = ["ANSWER", "Outcome", "Queue", "Visit"]
+__all__ = ["Outcome", "Queue", "Visit"]

@@ -144,8 +144,8 @@ def _suite(top: Fields, file: Path) -> Suite:
         drafts[name] = _method(name, inner, drafts.get(parent), seeds, l0, file)
         inner.close()
     methods = list(drafts.values())
-    for i, table in enumerate(top.tables("vary")):
-        inner = Fields(table, f"vary[{i}]", top.problems)
+    for i, held in enumerate(top.tables("vary")):
+        inner = Fields(held, f"vary[{i}]", top.problems)
         methods += _varied(inner, drafts)
         inner.close()
     return Suite(

@@ -38,18 +38,21 @@ class Base:
 
 def base_of(suite: Suite, sets: Sequence[str]) -> Base:
     """The recipe that a suite names, changed by `sets`. Raises RecipeError."""
-    table = own_of(suite)
-    for text in sets:
-        table = toml.merge(table, toml.setting(text))
-    table = toml.dropped(table)
+    table = _changed({**own_of(suite), "evaluator": {}}, sets)
     evaluators = suite.evaluators
     if not evaluators:
         provides = compiled({**table, "evaluator": {}})[0].facts.provides
         wanted = {"logits": "downstream_loss", "truth": "ground_truth"}
         evaluators = {name: {} for need, name in wanted.items() if need in provides}
-    table = {**table, "evaluator": evaluators}
+    table = _changed({**own_of(suite), "evaluator": evaluators}, sets)
     plan, filled = compiled(table)
     return Base(table=table, plan=plan, filled=filled)
+
+
+def _changed(table: Table, sets: Sequence[str]) -> Table:
+    for text in sets:
+        table = toml.merge(table, toml.setting(text))
+    return toml.dropped(table)
 
 
 def own_of(suite: Suite) -> Table:

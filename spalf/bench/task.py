@@ -10,11 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spalf.bench.trainers.leash import on_a_leash
 from spalf.errors import SpalfError
 from spalf.record import write_json
+
+if TYPE_CHECKING:
+    from spalf.core.recipe import Plan, Recipe
+    from spalf.core.state import TrainingState
 
 Table = Mapping[str, Any]
 
@@ -36,47 +40,51 @@ def main(path: str) -> int:
 
 
 def train(table: Table) -> dict[str, Any]:
-    """Train a recipe of ours and measure it."""
-    from spalf import launch
+    """Train a recipe of ours, and measure it on held-out documents of the suite's own seed."""
+    from spalf import launch, plugins
+    from spalf.engine import evaluate
+    from spalf.engine.run import Run
 
     start = time.perf_counter()
-    result = launch.run(table["recipe"], out=table["out"], device=table["device"])
+    manager, _ = plugins.load()
+    device = launch.device_of(table["device"])
+    plan = launch.compile_recipe(table["recipe"])
+    text = launch.filled_text(table["recipe"])
+    out = Path(table["out"])
+    out.mkdir()
+    run = Run.start(plan, out, device=device, hooks=manager.hook, recipe_text=text)
+    run.train()
     trained = time.perf_counter()
-    answer = _measured(table, result.directory)
+    shared = launch.compile_recipe(table["base"]).recipe
+    if plan.recipe.seed != table["held_out_seed"]:
+        run.state.stream = shared.source.open(table["held_out_seed"], device)
+    held = evaluate.constraints(plan, run.state)
+    answer = _measured(table, plan, run.state, shared)
     answer["seconds"] = {"train": round(trained - start, 3), "measure": round(time.perf_counter() - trained, 3)}
-    held = result.summary.get("constraints") or {}
     answer["constraints"] = {n: {k: c[k] for k in ("violation", "multiplier", "feasible")} for n, c in held.items()}
-    answer["feasible"] = result.summary.get("feasible")
     return answer
 
 
 def adopt(table: Table) -> dict[str, Any]:
-    """Import what a peer has saved, and measure it."""
-    from spalf.exchange.verbs import import_dictionary
+    """Measure what a peer has saved."""
+    from spalf import launch
+    from spalf.bench.measure import adopted
 
     start = time.perf_counter()
-    out = Path(table["out"]) / "imported"
-    # None of the preset's own evaluators: what measures is the suite's.
-    sets = [f"evaluator.{name}=false" for name in ("downstream_loss", "sparsity_frontier")]
-    import_dictionary(
-        table["saved"],
-        out,
-        format=table["format"],
-        recipe=table["base"],
-        sets=sets,
-        tokens=table["tokens"],
-        device=table["device"],
-    )
-    return _measured(table, out) | {"seconds": {"measure": round(time.perf_counter() - start, 3)}}
+    device, base = launch.device_of(table["device"]), Path(table["base"])
+    shared = launch.compile_recipe(base).recipe
+    stream = shared.source.open(table["held_out_seed"], device)
+    plan, state = adopted(Path(table["saved"]), table["format"], base, stream, device, table["tokens"])
+    answer = _measured(table, plan, state, shared)
+    return answer | {"seconds": {"measure": round(time.perf_counter() - start, 3)}}
 
 
-def _measured(table: Table, run: Path) -> dict[str, Any]:
+def _measured(table: Table, plan: Plan, state: TrainingState, shared: Recipe) -> dict[str, Any]:
     from spalf.bench.measure import measure
     from spalf.engine.checkpoint import versions
 
     decoder = Path(table["decoder"]) if table.get("decoder") else None
-    measures = measure(run, Path(table["base"]), table["held_out_seed"], table["device"], decoder)
-    return {"measures": measures, "versions": versions()}
+    return {"measures": measure(plan, state, shared, decoder), "versions": versions()}
 
 
 def agree(table: Table) -> dict[str, Any]:
