@@ -5,7 +5,7 @@
 #   make test             linters and all tests
 #   make peers            .venv/peers: SAELens and dictionary_learning, which tests/peers compares with
 #   make docs bench plugins clean
-# Variables: PYTHON=python3.12 (setup), ARGS="-k dual" (passed on), BENCH=name (one benchmark).
+# Variables: PYTHON=python3.12 (setup), ARGS="-k dual" (passed on), BENCH=name (of spalf bench; speed).
 .DEFAULT_GOAL := help
 .PHONY: help setup demo check test peers docs bench plugins clean
 

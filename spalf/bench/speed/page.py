@@ -47,6 +47,8 @@ def _machine(document: Document) -> Iterator[str]:
     yield f"## {m['device']}, {m['date']}\n"
     triton = f", triton {m['triton']}" if m["kind"] == "cuda" else f", {m['threads']} thread(s)"
     yield f"Python {m['python']}, torch {m['torch']}{triton}, spalf {m['spalf']}, commit {m['commit']}.\n"
+    if m["kind"] == "cpu" and document.get("load") is not None:
+        yield f"Load of the machine at the end, over five minutes: {document['load']:.1f}.\n"
     commands = document.get("commands", [document["command"]])
     yield "```\n" + "\n".join(commands) + "\n```\n"
     goals = figures.targets(document)

@@ -85,7 +85,7 @@ def speed(options: Options, tell: Tell, keep: Keep) -> Document:
             _shape(shape, options, document, tell, keep)
         if options.axes:
             _scaling(options, document, tell, keep)
-        document["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        document["load"] = os.getloadavg()[1] if hasattr(os, "getloadavg") else None
         keep(document)
         return document
     finally:

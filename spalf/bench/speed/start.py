@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -9,23 +10,37 @@ import time
 from pathlib import Path
 from typing import Any
 
+from attrs import frozen
+
 RUNS = 5
 QUICKSTART = "recipes/quickstart.toml"
 
 
-def _seconds(*words: str) -> tuple[float, str]:
-    """Wall time of a command of ours in a fresh process, and what it complained about if it failed."""
-    begin = time.perf_counter()
+@frozen(kw_only=True)
+class Spent:
+    """Seconds of a command: on the clock, and of the processor; what it complained about if it failed."""
+
+    wall: float
+    processor: float
+    problem: str = ""
+
+
+def _spent(*words: str) -> Spent:
+    """A command of ours in a fresh process."""
+    before, begin = os.times(), time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "spalf", *words], capture_output=True, text=True, check=False)
-    spent = time.perf_counter() - begin
+    wall, after = time.perf_counter() - begin, os.times()
+    processor = after.children_user + after.children_system - before.children_user - before.children_system
     last = next(iter(reversed(done.stderr.strip().splitlines())), f"exit code {done.returncode}")
-    return spent, last if done.returncode else ""
+    return Spent(wall=wall, processor=processor, problem=last if done.returncode else "")
 
 
 def start(recipe: str) -> dict[str, Any]:
-    """Seconds of `spalf --help`, the median of RUNS, and of `spalf run RECIPE --stop-at 1`, which also saves."""
-    helps = sorted(_seconds("--help")[0] for _ in range(RUNS))
-    out: dict[str, Any] = {"help_s": helps[len(helps) // 2], "help_all_s": helps}
+    """Seconds of `spalf --help`, the least of RUNS, and of `spalf run RECIPE --stop-at 1`, which also saves."""
+    help_ = min((_spent("--help") for _ in range(RUNS)), key=lambda spent: spent.wall)
+    out: dict[str, Any] = {"recipe": recipe, "help_s": help_.wall, "help_processor_s": help_.processor}
     with tempfile.TemporaryDirectory() as folder:
-        spent, problem = _seconds("--quiet", "run", recipe, "--stop-at", "1", "--out", str(Path(folder)))
-    return {**out, "recipe": recipe, **({"reason": problem} if problem else {"first_step_s": spent})}
+        first = _spent("--quiet", "run", recipe, "--stop-at", "1", "--out", str(Path(folder)))
+    if first.problem:
+        return {**out, "reason": first.problem}
+    return {**out, "first_step_s": first.wall, "first_step_processor_s": first.processor}
