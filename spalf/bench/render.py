@@ -58,7 +58,13 @@ def _section(suite: Suite, lines: Sequence[Line], held: Sequence[Line], plot: st
     out = [f"## Suite {suite.name}", ""]
     out += [suite.about.strip(), ""] if suite.about else []
     out += [f"![{suite.name}: error against L0]({plot})", "", *_results(every), ""]
-    for part in (_comparison(every), _sweeps(suite, held), _agreements(suite, held), _failures(suite, lines)):
+    for part in (
+        _comparison(every),
+        _relative(every),
+        _sweeps(suite, held),
+        _agreements(suite, held),
+        _failures(suite, lines),
+    ):
         out += [*part, ""] if part else []
     return [*out, *_made(suite, held), ""]
 
@@ -115,6 +121,29 @@ def _comparison(every: Sequence[Row]) -> list[str]:
         f"{'; '.join(told)}. A star: up to 10 % beyond the peer's last point. A dash: no peer's curve reaches that L0."
     )
     return ["### Ours against the best tuned peer at equal L0", "", *_table(head, body), "", note]
+
+
+def _relative(every: Sequence[Row]) -> list[str]:
+    """In a suite without peers: each method over the first one at the same setting."""
+    if not every or any(row.method.peer for row in every):
+        return []
+    first = {row.setting: row for row in every if row.method.name == every[0].method.name}
+    names = [name for name in ("l0", *LOWER, *HIGHER) if every[0].mean(name)]
+    body = []
+    for row in every:
+        held = first.get(row.setting)
+        if held is not None and held is not row:
+            ratios = [_ratio(row.mean(name), held.mean(name)) for name in names]
+            body.append([row.method.title, f"{axis_name(row.method.axis)} {row.setting:g}", *ratios])
+    if not body:
+        return []
+    title = every[0].method.title
+    head = ["method", "setting", *(TITLES[name] for name in names)]
+    return [f'### Each over "{title}" at the same setting', "", *_table(head, body)]
+
+
+def _ratio(value: float | None, of: float | None) -> str:
+    return "-" if value is None or not of else f"{value / of:.3f}"
 
 
 def _sweeps(suite: Suite, held: Sequence[Line]) -> list[str]:

@@ -67,6 +67,7 @@ def test_a_killed_queue_goes_on_where_it_was(tmp_path: Path) -> None:
         if started.poll() is not None or (results.read(out) and list((out / "work").glob("*/train.json"))):
             break
         time.sleep(0.1)
+    assert started.poll() is None, started.communicate()[1]
     os.kill(started.pid, signal.SIGKILL)
     told_before = started.communicate()[1]
     assert list((out / "work").glob("*/train.json")), told_before

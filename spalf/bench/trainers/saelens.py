@@ -34,15 +34,23 @@ def train(order: Order, stream: Iterator[Tensor], out: Path) -> None:
     """Train, and save into `out` as the library saves for inference."""
     sae, config = _made(order)
     trainer = import_module("sae_lens.training.sae_trainer").SAETrainer(cfg=config, sae=sae, data_provider=stream)
+    scaler = trainer.activation_scaler
     if sae.cfg.normalize_activations == NORMALISED:
-        trainer.activation_scaler.estimate_scaling_factor(order.d_model, stream, order.normalise)
+        scaler.estimate_scaling_factor(order.d_model, stream, order.normalise)
+    elif sae.cfg.normalize_activations == "covariance_whitening":
+        scaler.estimate_whitening(order.d_model, stream, order.normalise)
     for x_BD in islice(stream, order.steps):
         trainer.step(x_BD)
         trainer.n_training_steps += 1
     if trainer.n_training_steps < order.steps:
         raise RuntimeError(f"the stream ended after {trainer.n_training_steps} of {order.steps} steps")
-    if trainer.activation_scaler.scaling_factor is not None:
-        sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
+    if scaler.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    if scaler.whitening is not None:
+        held = scaler.whitening
+        sae.fold_activation_whitening(
+            mean=held.mean, whitening_matrix=held.matrix, unwhitening_matrix=held.inverse_matrix
+        )
     trainer.set_final_sae_metadata()
     sae.save_inference_model(str(out))
 
