@@ -31,7 +31,7 @@ recipe = "topk"
 seeds = [0, 1]
 [method.bad]
 recipe = "topk"
-with = {{ optimizer = {{ max_norm = 1e-30 }}, knobs.lr = 1e30 }}
+with.term.mse.weight = 3e38
 """
 THEIRS = """
 [method.saelens]
