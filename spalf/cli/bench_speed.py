@@ -67,6 +67,7 @@ def speed(
     share: Annotated[bool, typer.Option("--share", help="What constraints cost; waits for the device.")] = False,
     start: Annotated[bool, typer.Option("--start", help="Start-up: the help, the recipe's first step.")] = False,
     scaling: Axes = [],  # noqa: B006
+    commit: Annotated[str, typer.Option("--commit", metavar="NAME", help="Recorded; the tree's own.")] = "",
     device: Device = "auto",
     write: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Keep all figures here.", show_default=False)

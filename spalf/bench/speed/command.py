@@ -87,6 +87,7 @@ def chosen(asked: Mapping[str, Any]) -> Options:
         share=asked["share"],
         start=asked["start"],
         axes=axes(asked["scaling"]),
+        commit=asked["commit"],
         command=" ".join(["spalf", *map(shlex.quote, sys.argv[1:])]),
     )
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 
-def described(device: str) -> dict[str, Any]:
-    """Device, memory, threads and versions."""
+def described(device: str, of_commit: str = "") -> dict[str, Any]:
+    """Device, memory, threads and versions; `of_commit` where the tree has no git to ask."""
     is_cuda = torch.device(device).type == "cuda"
     out: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if is_cuda else _processor(),
@@ -24,7 +24,7 @@ def described(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "spalf": _version("spalf"),
-        "commit": commit(),
+        "commit": of_commit or commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     if is_cuda:

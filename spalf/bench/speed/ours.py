@@ -5,6 +5,7 @@ Shape letters as in spalf/core/values.py.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -173,4 +174,9 @@ def row(task: Task, variant: Variant) -> dict[str, Any]:
         return {**head, "status": "memory", "reason": "out of memory: " + str(e).splitlines()[0]}
     # The batches are the stream's: none are made for `measure` beside them.
     found = attempt(make, task, [torch.empty(0)])
+    stream.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        # The next row may be another process's.
+        torch.cuda.empty_cache()
     return {**head, **found}

@@ -49,6 +49,7 @@ class Options:
     start: bool = False
     axes: tuple[str, ...] = ()
     command: str = ""
+    commit: str = ""
 
 
 def task_of(shape: Shape, options: Options, steps: int = 0) -> Task:
@@ -70,7 +71,7 @@ def speed(options: Options, tell: Tell, keep: Keep) -> Document:
         torch.set_num_threads(options.threads)
     try:
         document: Document = {
-            "machine": machine.described(options.device),
+            "machine": machine.described(options.device, options.commit),
             "command": options.command,
             "method": {"steps": options.steps, "rounds": options.rounds, "precision": options.precision},
             "shapes": [],
