@@ -92,6 +92,7 @@ class _Maker:
     def __init__(self, suite: Suite, base: tables.Base, method: Method, places: Table) -> None:
         self._suite, self._base, self._method, self._places = suite, base, method, places
         self._recipe = {} if method.peer else tables.recipe_of(base, method)
+        self._filled: dict[tuple[float, float | None, int], Table] = {}
 
     def sweep(self) -> Iterator[Job]:
         sweep = self._method.sweep
@@ -137,7 +138,10 @@ class _Maker:
         table = toml.merge(table, {"seed": seed, "budget": {"tokens": tokens}})
         if lr is not None:
             table = toml.merge(table, tables.set_to(LR, lr))
-        return table, {"recipe": tables.without_places(tables.compiled(table)[1])}
+        same = (value, lr, tokens)
+        if same not in self._filled:  # seeds differ in nothing else
+            self._filled[same] = tables.without_places(tables.compiled(table)[1])
+        return table, {"recipe": {**self._filled[same], "seed": seed}}
 
     def _order(self, value: float, lr: float | None, seed: int, tokens: int) -> tuple[Table, Table]:
         """What a worker is told, paths left out, and the stream that it is fed from."""

@@ -44,6 +44,7 @@ lr = 1e-2
 options = { warmup_steps = 5, sparsity_warmup_steps = 10, bandwidth = 0.1 }
 [method.matryoshka]
 peer = "saelens.matryoshka"
+lr = 1e-2
 options = { matryoshka_widths = [16, 64] }
 [method.wrong]
 peer = "dictionary_learning.topk"
