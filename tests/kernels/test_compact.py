@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -138,3 +139,24 @@ def test_nothing_dense_is_kept_for_the_backward() -> None:
         compact.decode(code, sae)
     assert sizes
     assert max(sizes) < 126 * 257
+
+
+def test_lists_that_encode_did_not_make_are_read() -> None:
+    sae, white_BD = built(JumpReLU, 9, 17, 33, 1.0, 1.0)
+    found = []
+    for is_foreign in (False, True):
+        code = compact.encode(white_BD, sae)
+        assert code is not None
+        assert code.index_BK is not None
+        if is_foreign:
+            code = evolve(code, index_BK=code.index_BK.clone())
+        hat_BD = compact.decode(code, sae)
+        found.append([hat_BD, *gradients(sae, white_BD, code, hat_BD)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@given(shape=st.sampled_from([(1, 8), (3, 5), (64, 64), (7, 16), (2, 4)]), share=st.sampled_from([0.0, 0.02, 0.5, 1.0]))
+def test_a_mask_is_searched_whole(shape: tuple[int, int], share: float) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < share
+    assert torch.equal(compact._above(mask), mask.reshape(-1).nonzero()[:, 0])
