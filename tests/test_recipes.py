@@ -93,7 +93,7 @@ def test_the_default_method(plans: Plans) -> None:
     assert recipe.phases == ("calibrate", "fit", "causal")
     assert recipe.constraint["faithfulness"].space == "raw"
     assert table_use(recipe.penalty) == "constant"
-    assert table_use(recipe.dual) == "adrc"
+    assert table_use(recipe.dual) == "adrc_tracking"
     assert "discretization" not in plans["pythia_1b"].terms
     assert table_use(recipe.phase["fit"].gate) == "feasible"
     assert recipe.phase["causal"].hold == ("penalty",)

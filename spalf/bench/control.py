@@ -22,13 +22,18 @@ Options = Mapping[str, float]
 
 LAWS: Mapping[str, Any] = {"ascent": Ascent, "pi": Pi, "nupi": NuPi, "adrc": Adrc, "adrc_tracking": AdrcTracking}
 SHIPPED: Mapping[str, Options] = {"adrc": {"delay": 50.0}, "adrc_tracking": {}}
-"""What the preset sets of these laws."""
+"""What a preset sets, or has set, of these laws."""
 GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
     "ascent": {"rate": (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)},
     "pi": {"kp": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0), "ki": (0.05, 0.1, 0.2, 0.4, 0.8)},
     "nupi": {"nu": (-0.5, 0.5, 0.9), "kp": (0.5, 2.0, 8.0), "ki": (0.1, 0.2, 0.4, 0.8)},
     "adrc": {"delay": (20.0, 50.0, 100.0), "memory": (12.0, 50.0, 200.0), "gain": (0.5, 1.0, 2.0)},
-    "adrc_tracking": {"delay": (10.0, 30.0, 60.0), "memory": (12.0, 50.0), "boost": (1.0, 3.0, 8.0)},
+    "adrc_tracking": {
+        "delay": (10.0, 30.0, 60.0),
+        "memory": (12.0, 50.0),
+        "boost": (1.0, 3.0, 8.0),
+        "reach": (0.2, 100.0),
+    },
 }
 
 
