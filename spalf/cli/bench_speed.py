@@ -76,6 +76,9 @@ def speed(
     render: Annotated[
         Path | None, typer.Option("--render", metavar="PAGE", help="Write them as Markdown.", show_default=False)
     ] = None,
+    remarks: Annotated[
+        Path | None, typer.Option("--remarks", metavar="FILE", help="Markdown for that page.", show_default=False)
+    ] = None,
 ) -> None:
     """Time whole training steps: ours by kernel backend, and those of SAELens, dictionary_learning and sparsify.
 
@@ -85,7 +88,7 @@ def speed(
 
     documents = run_or_read(ctx.params, (lambda text: None) if ctx.obj.quiet else note)
     if render is not None:
-        written(render, documents)
+        written(render, documents, remarks)
     if not ctx.obj.quiet:
         show(*(part for document in documents for part in _parts(document)))
         for path in (write if not read else None, render):

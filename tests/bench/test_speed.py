@@ -311,6 +311,23 @@ def test_a_page_is_a_function_of_its_documents() -> None:
     assert "| against the best peer (sparsify TopK) | >= 4x | 4.00x | met |" in text
 
 
+def test_remarks_stand_behind_the_head(tmp_path: Path) -> None:
+    kept, said, out = tmp_path / "a.json", tmp_path / "said.md", tmp_path / "page.md"
+    kept.write_text(json.dumps(whole()))
+    said.write_text("A remark.\n\n")
+    words = ["bench", "speed", "--from", str(kept), "--render", str(out), "--remarks", str(said)]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert out.read_text().index("A remark.") < out.read_text().index("## Chip")
+    assert CliRunner().invoke(app, [*words[:-1], str(tmp_path / "none.md")]).exit_code == 2
+
+
+def test_what_limits_a_step_is_said() -> None:
+    [table] = whole()["shapes"]
+    assert figures.limits(table) == ""
+    table["ceilings"] = [{"name": "encode product [B,d] x [d,F]", "ms": 1.5, "rate": 1.0, "unit": "TFLOP/s"}]
+    assert "takes 1.50 (30 %), and 4.04 are the least floor (one pass" in figures.limits(table)
+
+
 def test_every_table_is_rectangular() -> None:
     found = whole()
     [table] = found["shapes"]

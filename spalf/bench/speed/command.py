@@ -100,9 +100,10 @@ def keeper(path: Path | None) -> Keep:
     return lambda document: write_json(path, document)
 
 
-def written(path: Path, documents: list[Document]) -> None:
-    """The page of these documents."""
-    write_whole(path, page.page(documents))
+def written(path: Path, documents: list[Document], remarks: Path | None = None) -> None:
+    """The page of these documents. Raises OSError where it cannot be written, or the remarks not be read."""
+    text = "" if remarks is None else remarks.read_text(encoding="utf-8")
+    write_whole(path, page.page(documents, text))
 
 
 def _refuse_missing(option: str, path: Path) -> None:

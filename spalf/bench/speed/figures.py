@@ -48,6 +48,21 @@ def named(rows: Sequence[Document], name: str) -> Document | None:
     return next((row for row in rows if row["name"] == name and ok(row)), None)
 
 
+def limits(table: Document) -> str:
+    """What stands between our fastest step and nothing, in a sentence; "" where it was not measured."""
+    own = best(table["rows"], ours=True)
+    known = {row["name"]: row["ms"] for row in table.get("ceilings", ()) if row["ms"]}
+    encode = known.get("encode product, float32 result", known.get("encode product [B,d] x [d,F]"))
+    if own is None or encode is None or not table.get("floors"):
+        return ""
+    least = min(table["floors"], key=lambda row: float(row["ms"]))
+    return (
+        f"Of the {cost(own):.2f} ms of {own['name']}, the encode product alone takes {encode:.2f} "
+        f"({100 * encode / cost(own):.0f} %), and {least['ms']:.2f} are the least floor ({least['design']}, "
+        f"{least['rates']}): what is left for the rest is {cost(own) - least['ms']:.2f} ms."
+    )
+
+
 @frozen(kw_only=True)
 class Target:
     """What was set, what was measured, and whether it is met (None: not measured)."""

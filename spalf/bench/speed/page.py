@@ -27,9 +27,9 @@ Made by `spalf bench speed --from FILE --render PAGE` from what the commands bel
 """
 
 
-def page(documents: Sequence[Document]) -> str:
-    """The whole page in Markdown; lines end in no space, the text in one newline."""
-    parts = [HEAD]
+def page(documents: Sequence[Document], remarks: str = "") -> str:
+    """The whole page in Markdown, `remarks` behind its head; lines end in no space, the text in one newline."""
+    parts = [HEAD, *([remarks.strip() + "\n"] if remarks.strip() else [])]
     for document in documents:
         parts.extend(_machine(document))
     text = "\n".join(parts)
@@ -80,6 +80,9 @@ def _shape(table: Document) -> Iterator[str]:
         yield "Floors, calculated, in ms by stage:\n"
         yield markdown(*tables.floors(table["floors"], figures.best(table["rows"], ours=True)))
         yield "\n".join(f"- *{name}*: {text}." for name, text in DESIGNS.items()) + "\n"
+        limits = figures.limits(table)
+        if limits:
+            yield limits + "\n"
     if "ceilings" in table:
         yield "Ceilings, measured in the same run:\n"
         yield markdown(*tables.ceilings(table["ceilings"]))
