@@ -311,6 +311,13 @@ def test_a_page_is_a_function_of_its_documents() -> None:
     assert "| against the best peer (sparsify TopK) | >= 4x | 4.00x | met |" in text
 
 
+def test_the_page_in_the_documentation_is_that_of_its_figures() -> None:
+    folder = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
+    found = command.documents(sorted((folder / "speed").glob("*.json")))
+    remarks = (folder / "speed" / "remarks.md").read_text(encoding="utf-8")
+    assert (folder / "speed.md").read_text(encoding="utf-8") == page.page(found, remarks)
+
+
 def test_remarks_stand_behind_the_head(tmp_path: Path) -> None:
     kept, said, out = tmp_path / "a.json", tmp_path / "said.md", tmp_path / "page.md"
     kept.write_text(json.dumps(whole()))
