@@ -13,6 +13,7 @@ from spalf.core.values import Batch, Raw, Signal
 from spalf.engine import replay, step
 from spalf.engine.build import build
 from spalf.engine.replay import Outcome, Replay
+from spalf.parts.kernel import Triton
 from spalf.testing import toy_plan
 from spalf.testing.whole import CPU, enter, through
 
@@ -99,7 +100,8 @@ def test_parts_that_read_the_clock_or_wait_are_not_recorded() -> None:
 @pytest.mark.gpu
 def test_recorded_steps_give_the_numbers_of_unrecorded_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(recorded: bool) -> tuple[list[float], dict[str, Any], list[int]]:
-        plan = toy_plan('kernel = "triton"')
+        plan = toy_plan()
+        plan = evolve(plan, recipe=evolve(plan.recipe, kernel=Triton()))
         state = build(plan, torch.device("cuda"))
         through(plan, state, "calibrate")
         enter(plan, state, "fit")
