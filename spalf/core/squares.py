@@ -21,7 +21,7 @@ class _Squares(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (v,) = ctx.saved_tensors
+        v: Tensor = ctx.saved_tensors[0]
         return v * (2 * grads[0])
 
 
@@ -34,7 +34,7 @@ class _Quadratic(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (half_BD,) = ctx.saved_tensors
+        half_BD: Tensor = ctx.saved_tensors[0]
         return half_BD * (2 * grads[0]), None
 
 

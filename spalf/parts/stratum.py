@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from attrs import evolve, field
-from attrs.validators import ge
+from attrs.validators import ge, gt, in_
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -19,6 +19,9 @@ from spalf.core.slots import stratum
 from spalf.core.state import Anchor
 from spalf.core.values import Facts, Raw, White
 from spalf.errors import ComponentError, Problem, RecipeError, SourceError
+
+CONTEXTS = 64
+"""Contexts per pass of the model while mean activations are taken."""
 
 
 @stratum("anchored")
@@ -32,6 +35,10 @@ class Anchored:
     """
 
     cap: int = field(default=0, validator=ge(0))
+    of: str = field(default="unembedding", validator=in_(("unembedding", "activation")))
+    """What a token's direction is: its row of the unembedding, or its mean activation at the hook."""
+    samples: int = field(default=1_000_000, validator=gt(0))
+    """Tokens that mean activations are taken over."""
 
     def settle(self, plan: Plan) -> Anchored:
         """With the cap filled in."""
@@ -67,6 +74,38 @@ class Anchored:
         return min(facts.n_vocab, self.cap or width // 4)
 
     def anchor(self, stream: Stream, rows: int) -> Anchor:
+        """Unit directions [A, D] of the `rows` most frequent tokens. Raises SourceError where there are too few."""
+        return self._means(stream, rows) if self.of == "activation" else self._unembedded(stream, rows)
+
+    @torch.no_grad()
+    def _means(self, stream: Stream, rows: int) -> Anchor:
+        """Mean activation of each token less that of all, over `samples` tokens with a context before them."""
+        vocabulary, seen = stream.facts.n_vocab, 0
+        sum_VD, count_V = None, None
+        while seen < self.samples:
+            sequences = stream.sequences(CONTEXTS)
+            x_ND = stream.activations(sequences)[:, 1:].reshape(-1, stream.facts.d_model).float()
+            id_N, real_N = sequences.tokens_ST[:, 1:].reshape(-1), sequences.real_ST[:, 1:].reshape(-1)
+            if sum_VD is None or count_V is None:
+                sum_VD = x_ND.new_zeros(vocabulary + 1, x_ND.shape[1])
+                count_V = x_ND.new_zeros(vocabulary + 1)
+            id_N = torch.where(real_N, id_N, vocabulary)
+            sum_VD.index_add_(0, id_N, x_ND)
+            count_V.index_add_(0, id_N, torch.ones_like(x_ND[:, 0]))
+            seen += id_N.numel()
+        assert sum_VD is not None and count_V is not None
+        sum_VD, count_V = sum_VD[:vocabulary], count_V[:vocabulary]
+        found = int((count_V > 0).sum())
+        if found < rows:
+            raise SourceError(
+                f"{found} tokens occur in a sample of {seen}, {rows} anchors were asked for "
+                f"(set the stratum's cap to {found} or less, or raise its samples)"
+            )
+        ids_A = torch.sort(count_V, descending=True, stable=True).indices[:rows]
+        mean_AD = sum_VD[ids_A] / count_V[ids_A, None] - sum_VD.sum(0) / count_V.sum()
+        return Anchor(directions_AD=Raw(normalize(mean_AD, dim=1)), ids_A=ids_A)
+
+    def _unembedded(self, stream: Stream, rows: int) -> Anchor:
         """Unit unembedding rows [A, D] of the `rows` most frequent tokens, without the mean row of the vocabulary.
 
         The rows are taken as the model stores them: the final norm's gain is not folded in.
