@@ -230,7 +230,7 @@ def test_estimates_follow_their_formulas() -> None:
     assert values["parameters"] == parameters
     assert values["memory.moments.bytes"] == 8 * parameters
     assert values["memory.code_dense.bytes"] == 12 * 100 * 1000
-    assert values["memory.code_compact.bytes"] == 20 * 100 * 4 * 10
+    assert values["memory.code_compact.bytes"] == 20 * 100 * 10
     assert values["memory.shuffle.bytes"] == 8192 * 128
     assert values["memory.model.bytes"] == 2_000_000
     assert values["memory.logits.bytes"] == 16 * 16 * 128 * 1000

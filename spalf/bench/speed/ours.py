@@ -110,10 +110,13 @@ def planned(task: Task, variant: Variant, facts: Facts) -> Plan:
     sets = (*SETTINGS, *shape, *kernel_sets(variant.kernel), *variant.sets)
     registry = plugins.load()[1]
     plan = compiler.compile(toml.read(variant.recipe, sets), registry, facts)
+    more = []
     if hasattr(plan.recipe.activation, "start"):
-        # At the target from the first step on, not at the recipe's multiple of it.
-        plan = compiler.compile(toml.read(variant.recipe, (*sets, "activation.start=1.0")), registry, facts)
-    return plan
+        more.append("activation.start=1.0")  # at the target from the first step on, not at the recipe's multiple of it
+    for name, stratum in plan.recipe.stratum.items():
+        if hasattr(stratum, "of"):
+            more.append(f"stratum.{name}.of=unembedding")  # there is no text to average over, and a step costs the same
+    return compiler.compile(toml.read(variant.recipe, (*sets, *more)), registry, facts) if more else plan
 
 
 def entered(plan: Plan, stream: Pool, device: torch.device) -> TrainingState:
