@@ -26,17 +26,21 @@ CONTEXTS = 64
 
 @stratum("anchored")
 class Anchored:
-    """Rows that start at the unembedding rows of the most frequent tokens and may drift, within a `drift` constraint.
+    """Rows that start at the directions of the most frequent tokens and may drift, within a `drift` constraint.
+
+    `of` "unembedding" takes a token's row of the unembedding: what the model writes to say that it comes next.
+    "activation" takes its mean activation at the hook less the mean of all: what the model holds where the token stands.
+    Inside a model few features lie along the first, and many along the second.
 
     `cap`: most anchors there may be; 0 derives min(n_vocab, F / 4). More than F / 2 is refused: in one-seed runs a
-    dictionary half made of anchors paid for them with 20 to 60 percent more active features.
+    dictionary half made of unembedding rows paid for them with 20 to 60 percent more active features.
 
     Neither gradient nor norm is projected: how far a row has moved, its norm included, is what `drift` measures.
     """
 
     cap: int = field(default=0, validator=ge(0))
     of: str = field(default="unembedding", validator=in_(("unembedding", "activation")))
-    """What a token's direction is: its row of the unembedding, or its mean activation at the hook."""
+    """What a token's direction is."""
     samples: int = field(default=1_000_000, validator=gt(0))
     """Tokens that mean activations are taken over."""
 
@@ -46,17 +50,12 @@ class Anchored:
         return settled
 
     def rows(self, facts: Facts, remaining: int, width: int) -> int:
-        """min(n_vocab, cap or F / 4): one per anchor. Raises RecipeError above F / 2, or without an unembedding."""
-        if "unembedding" not in facts.provides:
-            raise RecipeError(
-                [
-                    Problem(
-                        "",
-                        "anchored rows need an unembedding, which this source does not provide",
-                        "use huggingface or transformer_lens, or take the stratum out of `strata`",
-                    )
-                ]
-            )
+        """min(n_vocab, cap or F / 4): one per anchor. Raises RecipeError above F / 2, or without what `of` needs."""
+        wanted = {"unembedding": "unembedding", "activation": "tokens"}[self.of]
+        if wanted not in facts.provides:
+            message = f'anchors of the {self.of} need "{wanted}", which this source does not provide'
+            hint = "use huggingface or transformer_lens, or take the stratum out of `strata`"
+            raise RecipeError([Problem("", message, hint)])
         anchors = self._anchors(facts, width)
         if anchors > width // 2:
             raise RecipeError(

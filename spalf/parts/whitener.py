@@ -138,13 +138,11 @@ class Dense(Affine):
         self._form: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
 
     def raw_square(self, v: White) -> Tensor:
-        v = White(_precise(v))
         # W^-2, made anew when a fit or a checkpoint has changed W^-1.
         key = (self.inverse_DD.data_ptr(), self.inverse_DD._version, v.dtype)
         if self._form is None or self._form[0] != key:
-            wide_DD = self.inverse_DD.double()
-            self._form = key, (wide_DD @ wide_DD).to(v.dtype)
-        return quadratic_form(v, self._form[1])
+            self._form = key, torch.linalg.matrix_power(self.inverse_DD.double(), 2).to(_precise(v).dtype)
+        return quadratic_form(_precise(v), self._form[1])
 
     def times_W(self, v: Tensor) -> Tensor:
         return v @ self.W_DD.to(v.dtype)
@@ -228,8 +226,7 @@ class Scaled(Affine):
         return v * self.scale.to(v.dtype)
 
     def raw_square(self, v: White) -> Tensor:
-        v = White(_precise(v))
-        return self.scale.to(v.dtype).square() * sum_of_squares(v)
+        return self.scale.square() * sum_of_squares(_precise(v))
 
 
 @whitener("soft_zca")

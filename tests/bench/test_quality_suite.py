@@ -24,7 +24,7 @@ title = "Ours"
 recipe = "topk"
 [method.more]
 from = "ours"
-with = { knobs = { lr = 2e-3 } }
+with = { knobs = { lr = 3e-3 } }
 [method.theirs]
 peer = "saelens.topk"
 lr = [1e-3, 2e-3]
@@ -67,7 +67,7 @@ def test_jobs_and_what_waits(tmp_path: Path) -> None:
         f"{method}/l0-8/agreement-0-1" for method in ("ours", "more")
     ]
     by_name = {job.name: job for job in due.jobs}
-    assert by_name["more.knobs.lr.x2/l0-8/seed-0"].work["knobs"]["lr"] == 4e-3
+    assert by_name["more.knobs.lr.x2/l0-8/seed-0"].work["knobs"]["lr"] == 6e-3
     assert by_name["theirs/sweep/lr-0.001/l0-8/seed-1"].about["tokens"] == 204_800
     assert len({job.key for job in due.jobs}) == len(due.jobs)
 
@@ -162,7 +162,7 @@ keys = ["dual.delay"]
 
 
 def test_a_method_that_cannot_be_compiled_is_named(tmp_path: Path) -> None:
-    wrong = SUITE.replace("knobs = { lr = 2e-3 }", "dual = { delay = -1.0 }")
+    wrong = SUITE.replace("knobs = { lr = 3e-3 }", "dual = { delay = -1.0 }")
     with pytest.raises(RecipeError, match=r"method\.more: .*dual\.delay"):
         jobs(written(tmp_path, wrong))
     derived = SUITE.replace('keys = ["knobs.lr"]', 'keys = ["activation.bandwidth", "name"]')

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spalf.core.recipe import Knobs, Plan
-from spalf.core.values import Clock, Facts, Raw, White
+from spalf.core.values import Clock, Facts, Raw, Sequences, White
 from spalf.errors import ComponentError, RecipeError, SourceError
 from spalf.parts.optimizer import Adam
 from spalf.parts.schedule import Constant
@@ -124,6 +124,50 @@ def test_an_anchored_row_is_the_matched_filter() -> None:
     filtered = (x_BD - x_BD.mean(0)) @ torch.linalg.solve(soft_DD, anchor.directions_AD.double().T)
     cosine = torch.nn.functional.cosine_similarity(response.double(), filtered, dim=0)
     torch.testing.assert_close(cosine, torch.ones(6, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+class Contexts(Vocabulary):
+    """Token t stands at t e_t plus 7 in every direction, and each context begins with a token of its own."""
+
+    def __init__(self, tokens_ST: Tensor) -> None:
+        self.tokens_ST, self.asked = tokens_ST, 0
+
+    def sequences(self, n: int) -> Sequences:
+        self.asked += 1
+        real_ST = torch.ones_like(self.tokens_ST, dtype=torch.bool)
+        real_ST[:, -1] = False
+        return Sequences(tokens_ST=self.tokens_ST, real_ST=real_ST)
+
+    def activations(self, sequences: Sequences) -> Raw:
+        return Raw(sequences.tokens_ST[..., None] * torch.eye(V)[sequences.tokens_ST][..., :D] + 7.0)
+
+
+def test_a_mean_activation_is_that_of_a_token_less_that_of_all() -> None:
+    # Position 0 has no context, and the last one is padding: neither counts.
+    stream = Contexts(torch.tensor([[9, 1, 1, 2, 5], [9, 1, 2, 3, 5]]))
+    anchor = Anchored(of="activation", samples=8).anchor(stream.stream(), 2)
+    assert anchor.ids_A.tolist() == [1, 2]
+    raw_VD = torch.arange(V)[:, None] * torch.eye(V)[:, :D]
+    mean_D = (3 * raw_VD[1] + 2 * raw_VD[2] + raw_VD[3]) / 6
+    wanted_AD = torch.nn.functional.normalize(raw_VD[[1, 2]] - mean_D, dim=1)
+    torch.testing.assert_close(anchor.directions_AD, Raw(wanted_AD))
+
+
+def test_mean_activations_are_taken_over_as_many_tokens_as_asked() -> None:
+    stream = Contexts(torch.tensor([[9, 1, 2, 3, 4, 0]]))
+    Anchored(of="activation", samples=11).anchor(stream.stream(), 2)
+    assert stream.asked == 3
+    with pytest.raises(
+        SourceError, match=r"4 tokens occur in a sample of 10, 5 anchors .*cap to 4 or less, or raise its samples"
+    ):
+        Anchored(of="activation", samples=10).anchor(stream.stream(), 5)
+
+
+def test_mean_activations_need_tokens_and_no_unembedding() -> None:
+    component = Anchored(of="activation")
+    assert component.rows(evolve(FACTS, provides=frozenset({"activations", "tokens"})), F, F) == F // 4
+    with pytest.raises(RecipeError, match='anchors of the activation need "tokens"'):
+        component.rows(evolve(FACTS, provides=frozenset({"activations", "unembedding"})), F, F)
 
 
 def test_anchored_rows_need_an_anchor() -> None:

@@ -106,5 +106,5 @@ def _profile(profile: dict[str, Any]) -> Iterator[str]:
     if profile["status"] != "ok":
         yield f"No profile: {profile['reason']}\n"
         return
-    yield f"Where the time goes (`{profile['name']}`, {profile['busy_ms']:.2f} ms busy a step):\n"
+    yield f"Where the time goes ({profile['name']}, {profile['busy_ms']:.2f} ms busy a step):\n"
     yield markdown(*tables.profile(profile["rows"]))

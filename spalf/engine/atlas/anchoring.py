@@ -5,6 +5,8 @@ Shapes: A anchored rows, D model width, R rows of held-out text, N entries, K fe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -37,21 +39,23 @@ def anchors(state: TrainingState) -> dict[int, Anchored]:
     return out
 
 
-def absorption(held: Firings, state: TrainingState) -> dict[int, float]:
+def absorption(held: Firings, state: TrainingState, ahead: Mapping[str, bool]) -> dict[int, float]:
     """By id of an anchored feature, the share of its token's places at which another feature speaks for it.
 
-    An anchor is the token's row of the unembedding, so its places are those where that token comes next. The feature
-    is absorbed at one if it is silent while another feature alone puts at least 0.4 of what the dictionary puts along
-    the anchor there, at a cosine of at least 0.025: full absorption (2409.14507, 2503.09532) with the anchor in the
-    place of a probe. Places where the dictionary puts nothing along it do not count; below LEAST nothing is said.
+    `ahead` tells of each stratum whether its anchors are rows of the unembedding, whose places are those where the
+    token comes next; else they are mean activations, whose places are those where it stands. The feature is absorbed
+    at one if it is silent while another feature alone puts at least 0.4 of what the dictionary puts along the anchor
+    there, at a cosine of at least 0.025: full absorption (2409.14507, 2503.09532) with the anchor in the place of a
+    probe. Places where the dictionary puts nothing along it do not count; below LEAST nothing is said.
     """
     if held.tokens_ST is None:
         return {}
     next_R = torch.cat([held.tokens_ST[:, 2:], torch.full_like(held.tokens_ST[:, :1], -1)], dim=1).flatten()
-    places, order_R = next_R.sort(stable=True)
+    here_R = held.tokens_ST[:, 1:].flatten()
     entry_N, first_R, in_row_R = held.by_row()
     out: dict[int, float] = {}
     for name, anchor in state.anchors.items():
+        places, order_R = (next_R if ahead[name] else here_R).sort(stable=True)
         for i, token in enumerate(anchor.ids_A.tolist()):
             begin, end = torch.searchsorted(places, torch.tensor([token, token + 1])).tolist()
             step = max(1, -(-(end - begin) // OCCURRENCES))

@@ -41,7 +41,8 @@ def atlas(
         count_F = held.count_F()
         chosen_I = torch.tensor(sorted(only)) if only else usage.spread(count_F, features)
         told = _usage(held, chosen_I, contexts) | _directions(plan, state, chosen_I)
-        tied, taken = anchoring.anchors(state), anchoring.absorption(held, state)
+        ahead = {name: getattr(plan.recipe.stratum[name], "of", "") != "activation" for name in state.anchors}
+        tied, taken = anchoring.anchors(state), anchoring.absorption(held, state, ahead)
         found = _features(state, chosen_I, count_F, told, tied, taken)
         text = _text(state, held, found)
     spans = state.sae.rows

@@ -45,8 +45,8 @@ class Feature:
     that the unit decoder row gives them through the centred unembedding, the model's final norm left out. neighbours:
     features with the cosine of the decoder rows in model space. partners: features that fire on the same rows, with
     the share of this feature's firings on which they do. planted: the nearest planted direction of a synthetic source
-    with its cosine. absorption: of an anchored one, the share of the places before its token at which another feature
-    speaks for it. places: strongest contexts first, then some from the middle of its range.
+    with its cosine. absorption: of an anchored one, the share of its token's places at which another feature speaks for
+    it. places: strongest contexts first, then some from the middle of its range.
     """
 
     id: int
