@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from attrs import evolve, field
-from attrs.validators import ge, gt, in_
+from attrs.validators import ge, in_
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -23,13 +23,16 @@ from spalf.errors import ComponentError, Problem, RecipeError, SourceError
 CONTEXTS = 64
 """Contexts per pass of the model while mean activations are taken."""
 
+PER_ANCHOR = 200
+"""Tokens sampled for each anchor: the rarest of 4,096 in a text of 24 M tokens occurs 28 times then."""
+
 
 @stratum("anchored")
 class Anchored:
     """Rows that start at the directions of the most frequent tokens and may drift, within a `drift` constraint.
 
     `of` "unembedding" takes a token's row of the unembedding: what the model writes to say that it comes next.
-    "activation" takes its mean activation at the hook less the mean of all: what the model holds where the token stands.
+    "activation" takes its mean activation at the hook less the mean of all: what the model holds where it stands.
     Inside a model few features lie along the first, and many along the second.
 
     `cap`: most anchors there may be; 0 derives min(n_vocab, F / 4). More than F / 2 is refused: in one-seed runs a
@@ -41,12 +44,13 @@ class Anchored:
     cap: int = field(default=0, validator=ge(0))
     of: str = field(default="unembedding", validator=in_(("unembedding", "activation")))
     """What a token's direction is."""
-    samples: int = field(default=1_000_000, validator=gt(0))
-    """Tokens that mean activations are taken over."""
+    samples: int = field(default=0, validator=ge(0))
+    """Tokens that mean activations are taken over; 0: 200 for each anchor."""
 
     def settle(self, plan: Plan) -> Anchored:
-        """With the cap filled in."""
-        settled: Anchored = evolve(cast(Any, self), cap=self._anchors(plan.facts, plan.knobs.F))
+        """With the cap and the samples filled in."""
+        cap = self._anchors(plan.facts, plan.knobs.F)
+        settled: Anchored = evolve(cast(Any, self), cap=cap, samples=self.samples or max(1, PER_ANCHOR * cap))
         return settled
 
     def rows(self, facts: Facts, remaining: int, width: int) -> int:
@@ -81,7 +85,7 @@ class Anchored:
         """Mean activation of each token less that of all, over `samples` tokens with a context before them."""
         vocabulary, seen = stream.facts.n_vocab, 0
         sum_VD, count_V = None, None
-        while seen < self.samples:
+        while seen < (self.samples or PER_ANCHOR * rows):
             sequences = stream.sequences(CONTEXTS)
             x_ND = stream.activations(sequences)[:, 1:].reshape(-1, stream.facts.d_model).float()
             id_N, real_N = sequences.tokens_ST[:, 1:].reshape(-1), sequences.real_ST[:, 1:].reshape(-1)
@@ -92,7 +96,8 @@ class Anchored:
             sum_VD.index_add_(0, id_N, x_ND)
             count_V.index_add_(0, id_N, torch.ones_like(x_ND[:, 0]))
             seen += id_N.numel()
-        assert sum_VD is not None and count_V is not None
+        assert sum_VD is not None
+        assert count_V is not None
         sum_VD, count_V = sum_VD[:vocabulary], count_V[:vocabulary]
         found = int((count_V > 0).sum())
         if found < rows:

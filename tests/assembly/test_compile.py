@@ -196,7 +196,7 @@ def test_idle_tables_are_allowed_and_found() -> None:
 
 
 def test_facts_can_be_given() -> None:
-    facts = Facts(d_model=16, n_vocab=50, provides=frozenset({"activations", "unembedding", "logits"}))
+    facts = Facts(d_model=16, n_vocab=50, provides=frozenset({"activations", "tokens", "logits"}))
     plan = compile(table("source.broken=true"), REGISTRY, facts)
     assert plan.facts is facts
     assert plan.knobs.F == 512
@@ -322,7 +322,7 @@ MISTAKES = [
     ),
     (
         ["source.gives=['activations', 'logits']"],
-        "stratum.anchored: anchored rows need an unembedding, which this source does not provide",
+        'stratum.anchored: anchors of the activation need "tokens", which this source does not provide',
     ),
     (["stratum.x-1={use='free'}", "stratum.'a b'={use='free'}"], "stratum.a b: is no name"),
     # what the source gives

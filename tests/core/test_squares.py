@@ -24,4 +24,5 @@ def test_values_and_gradients_are_those_of_autograd() -> None:
 def test_a_frozen_gain_takes_no_gradient() -> None:
     v = torch.ones(2, 3, requires_grad=True)
     affine(v, torch.tensor(2.0), torch.zeros(3)).sum().backward()
-    assert v.grad is not None and v.grad.tolist() == [[2.0] * 3] * 2
+    assert v.grad is not None
+    assert v.grad.tolist() == [[2.0] * 3] * 2

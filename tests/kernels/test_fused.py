@@ -223,7 +223,8 @@ def test_moments_in_bfloat16_are_right_on_average() -> None:
             one.descend((one.sae.W_dec_FD * weight_FD).sum(), Clock(step=step, total=100))  # type: ignore[arg-type]
     for key, tolerance in (("exp_avg", 1e-3), ("exp_avg_sq", 5e-3)):
         short, full = (one.optimizer.state[one.sae.W_dec_FD][key] for one in (made, exact))
-        assert short.dtype == torch.bfloat16 and full.dtype == torch.float32
+        assert short.dtype == torch.bfloat16
+        assert full.dtype == torch.float32
         ratio_FD = short.double() / full.double().where(full != 0, torch.ones_like(full, dtype=torch.float64))
         assert abs(float(ratio_FD[full != 0].mean()) - 1) < tolerance
         assert float((ratio_FD[full != 0] - 1).abs().quantile(0.95)) < 0.02
@@ -238,4 +239,5 @@ def test_moments_are_read_back_in_either_precision() -> None:
     other.load_state_dict(made.state_dict())
     saved = made.optimizer.state[made.sae.W_dec_FD]["exp_avg_sq"]
     read = other.optimizer.state[other.sae.W_dec_FD]["exp_avg_sq"]
-    assert read.dtype == torch.float32 and torch.equal(read, saved.float())
+    assert read.dtype == torch.float32
+    assert torch.equal(read, saved.float())
