@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import cast
 
 import torch
+from attrs import evolve
 from torch import Tensor, nn
 
-from spalf.core.protocols import Activator
+from spalf.core.protocols import Activator, Metric
 from spalf.core.squares import affine
 from spalf.core.values import Code, Machine, White
 
@@ -26,6 +27,8 @@ class StratifiedAutoencoder(nn.Module):
     Shapes: W_enc_FD, W_dec_FD [F, D]; b_enc_F [F]; b_dec_D [D]; log_gain scalar. All float32.
     """
 
+    form_DD: Tensor
+
     def __init__(self, d_model: int, rows: Mapping[str, int], activator: Activator, machine: Machine) -> None:
         super().__init__()
         self.width = sum(rows.values())
@@ -42,6 +45,9 @@ class StratifiedAutoencoder(nn.Module):
         self.log_gain = nn.Parameter(torch.zeros((), device=machine.device))
         self._activator = cast(nn.Module, activator).to(machine.device)
         self.b_enc_F.requires_grad_(not activator.owns_bias)
+        self._refines = getattr(activator, "refinement_F", lambda: None)() is not None
+        if self._refines:
+            self.register_buffer("form_DD", torch.eye(d_model, device=machine.device))
         self.eval()
 
     @property
@@ -56,7 +62,32 @@ class StratifiedAutoencoder(nn.Module):
     def encode(self, white_BD: White, dense: bool = False) -> Code:
         """The code of whitened rows; `dense` lists every entry."""
         read_BD = White(white_BD - self.b_dec_D) if self.activator.pre_bias else white_BD
-        return self.machine.ops.encode(read_BD, self, dense)
+        return self.refined(white_BD, self.machine.ops.encode(read_BD, self, dense))
+
+    def refined(self, white_BD: White, code: Code) -> Code:
+        """z <- [z + s <e A, w> / gain]+ where a feature is on, with e the error that z leaves and s a step per feature.
+
+        A descent step of e A e', on the support that the encoder has chosen: what co-active rows count twice is taken
+        off. A is the form by which errors count in model space (`measure_by`); the identity without one.
+        """
+        step_F = self.activator.refinement_F() if self._refines else None
+        if step_F is None:
+            return code
+        error_BD = White(white_BD - self.decode(code))
+        pull_BK = self.machine.ops.correlate(code, error_BD @ self.form_DD, self)
+        if code.index_BK is not None:
+            step_F = torch.cat([step_F, step_F.new_zeros(1)])[code.index_BK]
+        moved_BK = (code.z_BK + step_F * pull_BK / self.log_gain.exp()).relu()
+        # An entry that is off keeps its z of 0 and that z's gradient, which the threshold's surrogate needs.
+        return evolve(code, z_BK=code.z_BK + code.gate_BK.detach() * (moved_BK - code.z_BK))
+
+    @torch.no_grad()
+    def measure_by(self, metric: Metric) -> None:
+        """Take the metric's form: e A e' is the squared error in model space, scaled so that tr A = D."""
+        if self._refines:
+            unit_DD = torch.eye(self.form_DD.shape[0], device=self.form_DD.device)
+            form_DD = metric.raw_direction(White(metric.raw_direction(White(unit_DD))))
+            self.form_DD.copy_(form_DD / form_DD.diagonal().mean())
 
     def decode(self, code: Code) -> White:
         """Whitened reconstruction [B, D]."""

@@ -147,6 +147,10 @@ class Activator(Protocol):
         """
         ...
 
+    def refinement_F(self) -> Tensor | None:
+        """Step [F] by which each selected coefficient moves towards least squares; None: codes are what is selected."""
+        return None
+
     def affine_F(self) -> tuple[Tensor, Tensor] | None:
         """(slope, shift) [F], slope > 0: at inference an active entry's z is slope * pre + shift. None: z is pre."""
         return None
@@ -177,6 +181,14 @@ class Autoencoder(Protocol):
 
     def decode(self, code: Code) -> White: ...
 
+    def refined(self, white_BD: White, code: Code) -> Code:
+        """A code with its coefficients refined, where the activator has that; else as it is. Which are on stays."""
+        ...
+
+    def measure_by(self, metric: Metric) -> None:
+        """Take over by what form errors count in model space."""
+        ...
+
     def train(self, mode: bool = True) -> Any:
         """Training or evaluation mode, of the activator too. An autoencoder starts in evaluation mode."""
         ...
@@ -202,6 +214,10 @@ class Ops(Protocol):
 
     def decode(self, code: Code, sae: Autoencoder) -> White:
         """z @ W_dec without gain and bias: this shard's part of the sum, [B, D]."""
+        ...
+
+    def correlate(self, code: Code, v_BD: Tensor, sae: Autoencoder) -> Tensor:
+        """<v_b, w_k> with the decoder's row of each entry of the code, [B, K]; 0 at padding."""
         ...
 
     def coactivation(

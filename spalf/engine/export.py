@@ -42,10 +42,15 @@ def fold(metric: Metric, sae: Autoencoder, dtype: torch.dtype = torch.float64) -
     nothing subtracted first: p = x W_enc' + b_enc, z = p 1[p > threshold], x_hat = z W_dec + b_dec. Its codes are
     `scale` times the trained ones, so an activation that keeps the k largest has to sort by p / scale. A gated
     dictionary becomes one of this form: its gate is a threshold on what its magnitude is affine in.
-    Raises CheckpointError for signed codes, which have no such form.
+    Raises CheckpointError for signed and for refined codes, which have no such form.
     """
     if sae.activator.signed:
         raise CheckpointError("not exported: codes of this activation have both signs, and the format has z >= 0")
+    if sae.activator.refinement_F() is not None:
+        raise CheckpointError(
+            "not exported: codes are refined after the selection, and no format has that (train with "
+            "activation.refine = false)"
+        )
     wide = copy.deepcopy(metric).double() if isinstance(metric, nn.Module) else metric
     vector = torch.promote_types(dtype, torch.float32)
     # The raw point that the encoder's rows see as 0.

@@ -30,7 +30,7 @@ def rescaled(state: TrainingState, white_BD: White, scale: float) -> Code:
         gate_BF = size_BF > activator.threshold_F() + (scale - 1.0) * _unit_F(state)
     slope_F, shift_F = activator.affine_F() or (torch.ones_like(code.pre_BK[0]), torch.zeros_like(code.pre_BK[0]))
     z_BF = torch.where(gate_BF, (slope_F * size_BF + shift_F).clamp(min=0), 0.0)
-    return Code(
+    selected = Code(
         pre_BK=code.pre_BK,
         gate_BK=(z_BF > 0).to(z_BF.dtype),
         z_BK=z_BF * code.pre_BK.sign() if activator.signed else z_BF,
@@ -38,6 +38,7 @@ def rescaled(state: TrainingState, white_BD: White, scale: float) -> Code:
         width=code.width,
         overflow=code.overflow,
     )
+    return state.sae.refined(white_BD, selected)
 
 
 def _unit_F(state: TrainingState) -> Tensor:

@@ -32,6 +32,7 @@ def initialise(plan: Plan, state: TrainingState, white_BD: White) -> None:
             state.anchors[name] = anchor
         sae.W_dec_FD.detach()[rows] = recipe.stratum[name].start(n, state.metric, anchor, draw)
     state.learner.project_()
+    sae.measure_by(state.metric)
     # After the projection, which may move a row by a rounding: tied to the last bit.
     sae.W_enc_FD.detach().copy_(sae.W_dec_FD)
     density = start_density(plan)

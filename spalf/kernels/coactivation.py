@@ -35,8 +35,7 @@ class _Rows(torch.autograd.Function):
         grad_ND = grads[0].reshape(-1, dim)
         if ctx.shares.open:
             # A list of one entry per row, with z = 1: the same sum as a decoder's.
-            share = ctx.shares.of(listed_N1)
-            share.z_BK, share.grad_BD = torch.ones(listed_N1.shape, device=grad_ND.device), grad_ND
+            ctx.shares.add(listed_N1, torch.ones(listed_N1.shape, device=grad_ND.device), grad_ND)
             return None, None, None, None, None
         out = torch.zeros(width + 1, dim, device=grad_ND.device)
         return out.index_add_(0, listed_N1[:, 0], grad_ND.float())[:width], None, None, None, None

@@ -151,6 +151,25 @@ class _Decode(torch.autograd.Function):
         return grad_z, grad_weight, None
 
 
+class _Correlate(torch.autograd.Function):
+    """<v_b, w> over listed entries, 0 at padding: the transpose of `_Decode` in its weights."""
+
+    @staticmethod
+    def forward(ctx: Any, v_BD: Tensor, weight_FD: Tensor, layout: Layout, like_BK: Tensor) -> Tensor:
+        ctx.save_for_backward(v_BD, weight_FD)
+        ctx.layout = layout
+        return layout.put(layout.dots(v_BD.contiguous(), weight_FD), like_BK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        v_BD, weight_FD = ctx.saved_tensors
+        layout: Layout = ctx.layout
+        value_N = layout.take(grads[0])
+        grad_v = layout.by_row(value_N, weight_FD) if ctx.needs_input_grad[0] else None
+        grad_weight = layout.by_feature(value_N, v_BD) if ctx.needs_input_grad[1] else None
+        return grad_v, grad_weight, None, None
+
+
 def _above(mask_CF: Tensor) -> Tensor:
     """Where a mask is true, as ascending places in it read row by row.
 
@@ -220,3 +239,11 @@ def decode(code: Code, sae: Autoencoder) -> White:
     assert code.index_BK is not None, "a dense code has no lists"
     out: Tensor = _Decode.apply(code.z_BK, sae.W_dec_FD, _layout_of(code.index_BK, code.width))  # type: ignore[no-untyped-call]
     return White(out)
+
+
+def correlate(code: Code, v_BD: Tensor, sae: Autoencoder) -> Tensor:
+    """<v_b, w> of every listed entry, [B, K], 0 at padding."""
+    assert code.index_BK is not None, "a dense code has no lists"
+    layout = _layout_of(code.index_BK, code.width)
+    out: Tensor = _Correlate.apply(v_BD, sae.W_dec_FD, layout, code.index_BK)  # type: ignore[no-untyped-call]
+    return out

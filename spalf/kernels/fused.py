@@ -5,7 +5,6 @@ No [B, F] tensor, no [F, D] gradient, and in a training step nothing that waits 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -17,12 +16,10 @@ from spalf.core.protocols import Autoencoder
 from spalf.core.state import Learner
 from spalf.core.values import Code, White, per_feature
 from spalf.kernels import coactivation, lists, reference, update
+from spalf.kernels.capacity import STEP, Capacity, rounded
 
 # Listed entries per row, as a share of the features, above which dense products are faster than gathers.
 _SPARSE = 1 / 12
-_STEP = 64  # capacities are multiples of it, so that few sizes are ever compiled or allocated
-_LAG = 2  # steps after which a count is read: by then it has long been there
-_MEMORY = 256  # looks after which a capacity may shrink
 
 
 class _Pre(torch.autograd.Function):
@@ -71,66 +68,46 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_z = lists.gather_dots(found.index_BK, found.count_B, grad_BD, ctx.low_FD)
         if ctx.shares.open:
-            share = ctx.shares.of(found.index_BK)
-            share.z_BK, share.grad_BD = z_BK, grad_BD
+            ctx.shares.add(found.index_BK, z_BK, grad_BD)
         else:
             by = lists.turn_over([found.index_BK], weight_FD.shape[0])
             grad_weight = lists.sum_by_feature(by, by.take(z_BK), grad_BD, weight_FD.shape[0])
         return grad_z, grad_weight, None, None, None
 
 
+class _Correlate(torch.autograd.Function):
+    """<v_b, w> over listed entries, 0 at padding; grad v = sum_k g w, and the rows get g v."""
+
+    @staticmethod
+    def forward(ctx: Any, v_BD: Tensor, weight_FD: Tensor, found: lists.Lists, low_FD: Tensor, shares: Any) -> Tensor:
+        ctx.save_for_backward(v_BD, weight_FD)
+        ctx.found, ctx.low_FD, ctx.shares = found, low_FD, shares
+        return lists.gather_dots(found.index_BK, found.count_B, v_BD, low_FD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        v_BD, weight_FD = ctx.saved_tensors
+        found, grad_BK = ctx.found, grads[0].contiguous()
+        grad_v = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_v = lists.gather_sum(found.index_BK, grad_BK, found.count_B, ctx.low_FD)
+        if ctx.shares.open:
+            ctx.shares.add(found.index_BK, grad_BK, v_BD)
+        else:
+            by = lists.turn_over([found.index_BK], weight_FD.shape[0])
+            grad_weight = lists.sum_by_feature(by, by.take(grad_BK), v_BD, weight_FD.shape[0])
+        return grad_v, grad_weight, None, None, None
+
+
 def _trains(sae: Autoencoder) -> bool:
     return torch.is_grad_enabled() and bool(getattr(sae, "training", False))
 
 
-def _rounded(n: float) -> int:
-    return max(_STEP, -(-int(n) // _STEP) * _STEP)
-
-
-@define(eq=False)
-class Capacity:
-    """How many entries a row may list: half as many again as the longest list of late.
-
-    Counts are read two steps after they were made, so that no step waits for the device. A list that turns out too
-    short sets the overflow of its code, and the step that it belongs to changes nothing.
-    """
-
-    limit: int = 0
-    longest: Tensor | None = None
-    """Of the last list that was made in training: one tensor for all steps, for a recorded step writes to it too."""
-    waiting: deque[tuple[Tensor, Any]] = field(factory=deque)
-    seen: deque[int] = field(factory=lambda: deque(maxlen=_MEMORY))
-
-    def take_note(self, longest: int) -> None:
-        """Have the limit follow a list's length."""
-        self.seen.append(longest)
-        if longest > 0.8 * self.limit:
-            self.limit = _rounded(1.5 * longest)
-        elif len(self.seen) == _MEMORY and 3 * max(self.seen) < self.limit:
-            self.limit = _rounded(1.5 * max(self.seen))
-
-    def watch(self, count_B: Tensor) -> None:
-        """Keep the longest of a training step's lists, on the device."""
-        if self.longest is None:
-            self.longest = torch.zeros((), dtype=torch.int64, device=count_B.device)
-        self.longest.copy_(count_B.max())
-
-    def settle(self) -> None:
-        """Send what the last step kept on its way to the host, and take note of the one of two steps ago."""
-        if self.longest is None:
-            return
-        if not self.longest.is_cuda:
-            self.take_note(int(self.longest))
-            return
-        if len(self.waiting) == _LAG:
-            held, arrived = self.waiting.popleft()
-            arrived.synchronize()
-            self.take_note(int(held))
-        else:
-            held, arrived = torch.empty((), dtype=torch.int64, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
-        held.copy_(self.longest, non_blocking=True)
-        arrived.record()
-        self.waiting.append((held, arrived))
+def _lists_of(code: Code) -> lists.Lists:
+    """The lists of a compact code."""
+    assert code.index_BK is not None
+    count_B = (code.index_BK < code.width).sum(1, dtype=torch.int32)
+    return lists.Lists(index_BK=code.index_BK, pre_BK=code.pre_BK.detach(), count_B=count_B)
 
 
 @define(kw_only=True, eq=False)
@@ -175,16 +152,16 @@ class FusedOps:
             found = lists.scan(white_BD, weight_FD, bias_F, reach_F, capacity.limit, self.compute)
             capacity.watch(found.count_B)
             return found
-        limit = min(capacity.limit or 8 * _STEP, _rounded(most))
+        limit = min(capacity.limit or 8 * STEP, rounded(most))
         while True:
             found = lists.scan(white_BD, weight_FD, bias_F, reach_F, limit, self.compute)
             longest = int(found.count_B.max()) if found.count_B.numel() else 0
             if longest <= limit:
-                capacity.limit = capacity.limit or _rounded(1.5 * longest)
+                capacity.limit = capacity.limit or rounded(1.5 * longest)
                 return found
             if longest > most:
                 return None
-            limit = _rounded(1.25 * longest)
+            limit = rounded(1.25 * longest)
 
     def encode(self, white_BD: White, sae: Autoencoder, dense: bool) -> Code:
         """Compact, but dense on request, for an activator without a reach, and where lists would be too long."""
@@ -207,12 +184,18 @@ class FusedOps:
     def decode(self, code: Code, sae: Autoencoder) -> White:
         if code.index_BK is None:
             return reference.decode(code, sae, self.compute)
-        count_B = (code.index_BK < code.width).sum(1, dtype=torch.int32)
-        found = lists.Lists(index_BK=code.index_BK, pre_BK=code.pre_BK.detach(), count_B=count_B)
         out: Tensor = _Decode.apply(  # type: ignore[no-untyped-call]
-            code.z_BK, sae.W_dec_FD, found, self._low("W_dec_FD", sae.W_dec_FD), self._shares
+            code.z_BK, sae.W_dec_FD, _lists_of(code), self._low("W_dec_FD", sae.W_dec_FD), self._shares
         )
         return White(out)
+
+    def correlate(self, code: Code, v_BD: Tensor, sae: Autoencoder) -> Tensor:
+        if code.index_BK is None:
+            return reference.correlate(code, v_BD, sae, self.compute)
+        out: Tensor = _Correlate.apply(  # type: ignore[no-untyped-call]
+            v_BD, sae.W_dec_FD, _lists_of(code), self._low("W_dec_FD", sae.W_dec_FD), self._shares
+        )
+        return out
 
     def coactivation(
         self,

@@ -90,6 +90,11 @@ def decode(code: Code, sae: Autoencoder, compute: str = "float32") -> White:
     return White(matmul(code.dense(), sae.W_dec_FD, compute))
 
 
+def correlate(code: Code, v_BD: Tensor, sae: Autoencoder, compute: str = "float32") -> Tensor:
+    """v @ W_dec' [B, F] of a dense code."""
+    return matmul(v_BD, sae.W_dec_FD.T, compute)
+
+
 def active(code: Code, sample_R: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """(row_N, feature_N) of the active entries of the sampled rows whose feature lies in `rows`; rows ascending."""
     on_RK = code.gate_BK.detach()[sample_R] > 0
@@ -162,6 +167,9 @@ class ReferenceOps:
 
     def decode(self, code: Code, sae: Autoencoder) -> White:
         return decode(code, sae)
+
+    def correlate(self, code: Code, v_BD: Tensor, sae: Autoencoder) -> Tensor:
+        return correlate(code, v_BD, sae)
 
     def coactivation(
         self,

@@ -40,16 +40,28 @@ class Shares:
 
     open: bool = False
     by_list: dict[int, Share] = field(factory=dict)
+    more: list[Share] = field(factory=list)
+    """Further shares of the decoder's gradient from lists that have one already."""
     pull: Pull | None = None
 
     def of(self, index_BK: Tensor) -> Share:
         """The share of the code that has this list."""
         return self.by_list.setdefault(index_BK.data_ptr(), Share(index_BK))
 
+    def add(self, index_BK: Tensor, z_BK: Tensor, grad_BD: Tensor) -> Share:
+        """dec += z grad over these entries."""
+        share = self.of(index_BK)
+        if share.z_BK is not None:
+            share = Share(index_BK)
+            self.more.append(share)
+        share.z_BK, share.grad_BD = z_BK, grad_BD
+        return share
+
     def take(self) -> tuple[list[Share], Pull | None]:
         """All of them, which are then forgotten."""
-        out = list(self.by_list.values()), self.pull
+        out = [*self.by_list.values(), *self.more], self.pull
         self.by_list.clear()
+        self.more.clear()
         self.pull = None
         return out
 

@@ -52,6 +52,11 @@ class TorchOps:
             return reference.decode(code, sae, self.compute)
         return compact.decode(code, sae)
 
+    def correlate(self, code: Code, v_BD: Tensor, sae: Autoencoder) -> Tensor:
+        if code.index_BK is None:
+            return reference.correlate(code, v_BD, sae, self.compute)
+        return compact.correlate(code, v_BD, sae)
+
     def coactivation(
         self,
         code: Code,

@@ -47,7 +47,10 @@ def _outcome(ops: Ops, shape: tuple[int, int, int], threshold: float, dense: boo
     hat_BD = ops.decode(code, sae)
     yield from (("z", code.dense()), ("gate", code.scatter(code.gate_BK)), ("l0", code.l0_B()), ("hat", hat_BD))
     yield "pre", torch.where(code.scatter(code.gate_BK) > 0, code.scatter(code.pre_BK), 0.0)
-    ((hat_BD * grad_BD).sum() + 2 * code.l0_B().sum()).backward()  # type: ignore[no-untyped-call]
+    here_BK = ops.correlate(code, white_BD, sae)
+    yield "correlate", torch.where(code.scatter(code.gate_BK) > 0, code.scatter(here_BK), 0.0)
+    here = (here_BK * code.gate_BK.detach()).sum()
+    ((hat_BD * grad_BD).sum() + 2 * code.l0_B().sum() + here).backward()  # type: ignore[no-untyped-call]
     assert white_BD.grad is not None
     yield "input", white_BD.grad
     yield from gradients(sae).items()

@@ -23,6 +23,7 @@ from spalf.testing import example
 
 fused = pytest.importorskip("spalf.kernels.fused", reason="triton is not installed")
 lists = pytest.importorskip("spalf.kernels.lists")
+capacity = pytest.importorskip("spalf.kernels.capacity")
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -33,7 +34,9 @@ BIG = [((257, 100, 3001), (0.9, 0.999)), ((512, 512, 16_384), (0.9, 0.999))] if 
 TRACED = ("W_enc_FD", "W_dec_FD", "b_enc_F", "b_dec_D", "log_gain", "_activator.log_threshold_F")
 
 
-def built(ops: Any, shape: tuple[int, int, int], seed: int, dtype: torch.dtype) -> tuple[StratifiedAutoencoder, Tensor]:
+def built(
+    ops: Any, shape: tuple[int, int, int], seed: int, dtype: torch.dtype, refine: bool = False
+) -> tuple[StratifiedAutoencoder, Tensor]:
     """Random rows in two strata; row 0 of the input fires nothing.
 
     Inputs and weights lie on grids, so that pre-activations are exact in float32, and thresholds and windows end
@@ -41,7 +44,7 @@ def built(ops: Any, shape: tuple[int, int, int], seed: int, dtype: torch.dtype) 
     """
     rows, dim, width = shape
     draw = torch.Generator().manual_seed(seed)
-    activator = JumpReLU(bandwidth=0.5).build(width)
+    activator = JumpReLU(bandwidth=0.5, refine=refine).build(width)
     machine = Machine(device=DEVICE, ops=ops)
     sae = StratifiedAutoencoder(dim, {"a": width // 3, "b": width - width // 3}, activator, machine)
     for weight_FD in (sae.W_enc_FD, sae.W_dec_FD):
@@ -51,6 +54,11 @@ def built(ops: Any, shape: tuple[int, int, int], seed: int, dtype: torch.dtype) 
     quantile = math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - 2 * DENSITY)))
     activator.log_threshold_F.data.fill_(math.log((math.floor(quantile * 4096) + 0.5) / 4096))  # type: ignore[attr-defined]
     activator.bandwidth_F.fill_(512 / 4096)  # type: ignore[attr-defined]
+    if refine:
+        activator.step_F.data.copy_(torch.rand(width, generator=draw) / 4)  # type: ignore[attr-defined]
+        root_DD = torch.randn(dim, dim, generator=draw) / dim**0.5
+        sae.form_DD.copy_(root_DD @ root_DD.T)
+        sae.log_gain.data.fill_(0.3)
     x_BD = (16 * torch.randn(rows, dim, generator=draw)).round() / 16
     x_BD[0] = 0.0
     return sae.to(DEVICE, dtype).train(), x_BD.to(DEVICE, dtype)
@@ -69,8 +77,10 @@ def loss_of(sae: StratifiedAutoencoder, x_BD: Tensor) -> Tensor:
     return error + 0.1 * code.l0_B().mean() + 1e-3 * distance + cosine + 1e-2 * sae.W_dec_FD[:3].pow(4).sum()
 
 
-def gradients(ops: Any, shape: tuple[int, int, int], seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    sae, x_BD = built(ops, shape, seed, dtype)
+def gradients(
+    ops: Any, shape: tuple[int, int, int], seed: int, dtype: torch.dtype, refine: bool = False
+) -> dict[str, Tensor]:
+    sae, x_BD = built(ops, shape, seed, dtype, refine)
     if isinstance(ops, fused.FusedOps):
         ops._capacity.limit = int(fused._SPARSE * shape[2])
     x_BD.requires_grad_(True)
@@ -84,19 +94,19 @@ def gradients(ops: Any, shape: tuple[int, int, int], seed: int, dtype: torch.dty
     }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_every_gradient_equals_the_oracle_in_float64(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("shape", "refine"), [*((shape, False) for shape in SHAPES), (SHAPES[-1], True)])
+def test_every_gradient_equals_the_oracle_in_float64(shape: tuple[int, int, int], refine: bool) -> None:
     seed = int(torch.randint(2**31, ()))  # fresh inputs in every run
-    ours = gradients(fused.FusedOps(compute="float32"), shape, seed, torch.float32)
-    oracle = gradients(reference.ReferenceOps(), shape, seed, torch.float64)
-    assert set(ours) == set(oracle) >= set(TRACED)
+    ours = gradients(fused.FusedOps(compute="float32"), shape, seed, torch.float32, refine)
+    oracle = gradients(reference.ReferenceOps(), shape, seed, torch.float64, refine)
+    assert set(ours) == set(oracle) >= {*TRACED, *(["_activator.step_F"] if refine else [])}
     for name, value in oracle.items():
         error = float((ours[name].double() - value).norm() / value.norm().clamp(min=1e-12))
         assert error < 1e-5, f"{name}: {error:.1e} with seed {seed}"
 
 
-def learner(ops: Any, shape: tuple[int, int, int], **options: Any) -> tuple[Learner, Tensor]:
-    sae, x_BD = built(ops, shape, 7, torch.float32)
+def learner(ops: Any, shape: tuple[int, int, int], refine: bool = False, **options: Any) -> tuple[Learner, Tensor]:
+    sae, x_BD = built(ops, shape, 7, torch.float32, refine)
     rule = example(Adam, lr=1e-2, **options)
     optimizer = rule.build(sae.named_parameters())
     rates = tuple(group["lr"] for group in optimizer.param_groups)
@@ -119,12 +129,22 @@ def trained(ops: Any, shape: tuple[int, int, int], steps: int = 3, **options: An
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "betas"), [(SHAPES[0], (0.9, 0.999)), (SHAPES[1], (0.0, 0.999)), *BIG])
-def test_a_fused_step_is_the_optimizer_s_step(shape: tuple[int, int, int], betas: tuple[float, float]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "betas", "refine"),
+    [
+        (SHAPES[0], (0.9, 0.999), False),
+        (SHAPES[1], (0.0, 0.999), False),
+        (SHAPES[0], (0.9, 0.999), True),
+        *((shape, betas, False) for shape, betas in BIG),
+    ],
+)
+def test_a_fused_step_is_the_optimizer_s_step(
+    shape: tuple[int, int, int], betas: tuple[float, float], refine: bool
+) -> None:
     # On large shapes one step: from the second on, a rounding may move an entry over its threshold.
     steps = 1 if shape[2] > 1000 else 3
-    ours = trained(fused.FusedOps(compute="float32"), shape, steps, betas=betas)
-    plain = trained(reference.ReferenceOps(), shape, steps, betas=betas)
+    ours = trained(fused.FusedOps(compute="float32"), shape, steps, refine=refine, betas=betas)
+    plain = trained(reference.ReferenceOps(), shape, steps, refine=refine, betas=betas)
     assert set(ours) == set(plain)
     for name, value in plain.items():
         error = float((ours[name] - value).norm() / value.norm().clamp(min=1e-9))
@@ -155,7 +175,7 @@ def test_a_list_that_is_cut_changes_nothing_and_the_next_is_longer() -> None:
     for name, p in made.sae.named_parameters():
         assert torch.equal(before[name], p), name
         assert steps[name] == float(made.optimizer.state[p]["step"]), name  # type: ignore[index]
-    for _ in range(fused._LAG + 2):
+    for _ in range(capacity.LAG + 2):
         last = made.sae.encode(White(x_BD))
         ops.settle()
     assert not bool(last.overflow)
