@@ -15,7 +15,7 @@ from spalf.engine.atlas import DECADES, Atlas, Feature, Firings, atlas, firings,
 from spalf.engine.evaluate import untouched
 from spalf.errors import SourceError
 from spalf.testing import toy_plan
-from spalf.testing.whole import moved, snapshot, stage_for, started
+from spalf.testing.whole import language_plan, moved, snapshot, stage_for, started
 
 pytestmark = pytest.mark.slow  # together more than `make check` has time for
 
@@ -34,8 +34,11 @@ def seen(stage: tuple[Plan, TrainingState]) -> Atlas:
 
 @pytest.fixture(scope="module")
 def codes(stage: tuple[Plan, TrainingState]) -> tuple[Tensor, Tensor]:
+    return dense(stage[1])
+
+
+def dense(state: TrainingState) -> tuple[Tensor, Tensor]:
     """Tokens [S, T] and codes [S, T - 1, F] of the same contexts; the first position has no code."""
-    _, state = stage
     with untouched(state):
         tokens_ST = state.stream.sequences(S).tokens_ST
     with untouched(state):
@@ -193,9 +196,10 @@ def test_fewer_features_are_spread_over_the_densities(stage: tuple[Plan, Trainin
     assert all(f.neighbours == known[f.id].neighbours for f in few.features)
 
 
-def next_is(tokens_ST: Tensor, token: int) -> list[tuple[int, int]]:
-    """(sequence, row of the codes) of every place before a token; the first position has no code."""
-    return [(s, t - 1) for s, t in (tokens_ST[:, 1:] == token).nonzero().tolist() if t > 0]
+def places_of(tokens_ST: Tensor, token: int, of: str) -> list[tuple[int, int]]:
+    """(sequence, row of the codes) of each place where a token stands, or comes next; the first has no code."""
+    shift = {"activation": 1, "unembedding": 2}[of]
+    return (tokens_ST[:, shift:] == token).nonzero().tolist()
 
 
 def test_named_features_of_what_was_looked_at(stage: tuple[Plan, TrainingState], seen: Atlas) -> None:
@@ -211,12 +215,15 @@ def test_named_features_of_what_was_looked_at(stage: tuple[Plan, TrainingState],
     assert (few.rows, few.silent, few.density) == (seen.rows, seen.silent, seen.density)
 
 
-def test_absorption_of_anchored_ones(
-    seen: Atlas, stage: tuple[Plan, TrainingState], codes: tuple[Tensor, Tensor]
-) -> None:
+@pytest.mark.parametrize("of", ["activation", "unembedding"])
+def test_absorption_of_anchored_ones(of: str, stage: tuple[Plan, TrainingState]) -> None:
     """Place by place, without the shortcuts."""
-    _, state = stage
-    tokens_ST, z_STF = codes
+    if of == "unembedding":
+        plan = language_plan(stratum__anchored__of=f'"{of}"')
+        stage = plan, started(plan)
+    assert getattr(stage[0].recipe.stratum["anchored"], "of", "") == of
+    seen, state = atlas(*stage, sequences=S, contexts=1), stage[1]
+    tokens_ST, z_STF = dense(state)
     raw_FD = state.metric.raw_direction(state.sae.W_dec_FD.detach())
     anchor = state.anchors["anchored"]
     told = 0
@@ -225,7 +232,7 @@ def test_absorption_of_anchored_ones(
         along_F = raw_FD @ direction_D
         cosine_F = along_F / raw_FD.norm(dim=1)
         counted = absorbed = 0
-        for s, t in next_is(tokens_ST, f.anchored.token):
+        for s, t in places_of(tokens_ST, f.anchored.token, of):
             put_F = z_STF[s, t] * along_F
             if (total := float(put_F.sum())) <= 0:
                 continue

@@ -88,7 +88,7 @@ function facts(i) {
   if (A.tokens[i].length) add("Most on", chip(A.text[A.tokens[i][0]]), `${percent(A.tokens[i][1], 2)} of its activation`);
   const tied = A.anchored[i];
   if (tied) {
-    add("Anchored to", chip(A.text[tied[0]]), `cosine ${number(tied[2], 3)} with its unembedding`);
+    add("Anchored to", chip(A.text[tied[0]]), `cosine ${number(tied[2], 3)} with its anchor`);
     add("Drift", number(tied[1], 3), "from the anchor, whitened");
   }
   if (A.absorption[i] !== null) add("Absorption", percent(A.absorption[i]), "of its token's places: another feature speaks");
