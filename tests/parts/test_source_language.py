@@ -15,7 +15,7 @@ from spalf.engine import language
 from spalf.errors import SourceError
 from spalf.parts.source import Huggingface, TransformerLens, checkpoint
 from spalf.parts.source.contexts import Vocabulary
-from spalf.parts.source.documents import is_held_out
+from spalf.parts.source.documents import Document, is_held_out
 from spalf.parts.source.hooks import check_hook
 from spalf.parts.source.language import LanguageStream
 from spalf.testing.tiny_model import write_model, write_text, write_tokenizer
@@ -403,6 +403,34 @@ def test_a_text_begins_behind_what_a_document_begins_behind(neox: str, text: str
 
     assert Vocabulary(tokenizer=tokenizer, size=9, end_of_text=7, begin=None).document("abc").tolist() == [7, 1, 2, 3]
     assert Vocabulary(tokenizer=tokenizer, size=9, end_of_text=7, begin=8).document("abc").tolist() == [8, 1, 2, 3]
+
+
+def test_the_library_behind_a_tokenizer_gives_what_the_tokenizer_gives(neox: str, tmp_path: Path) -> None:
+    """Also after someone has padded and cut with it."""
+    texts = ["ab <|endoftext|> c", "", "x" * 50]
+    documents = [Document(part=0, index=i, key=b"", content=text) for i, text in enumerate(texts)]
+    for directory in ("embedded", neox):
+        tokenizer = checkpoint.load_tokenizer(directory, "main")
+        assert tokenizer is not None
+        expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer(texts, padding="max_length", truncation=True, max_length=7)
+        vocabulary = Vocabulary(tokenizer=tokenizer, size=4096, end_of_text=0, begin=None)
+        assert [ids.tolist() for ids in vocabulary.encode(documents)] == expected
+
+
+def test_a_tokenizer_with_a_way_of_its_own_is_asked_itself(neox: str) -> None:
+    tokenizer = checkpoint.load_tokenizer(neox, "main")
+
+    class Upper(type(tokenizer)):  # type: ignore[misc]
+        def _encode_plus(self, text: list[str], **more: Any) -> Any:
+            return super()._encode_plus([one.upper() for one in text], **more)
+
+    own = Upper.from_pretrained(neox)
+    [ids] = Vocabulary(tokenizer=own, size=4096, end_of_text=0, begin=None).encode(
+        [Document(part=0, index=0, key=b"", content="abc")]
+    )
+    assert own.decode(ids) == "ABC"
 
 
 def test_token_counts_are_of_the_training_text(neox: str, text: str) -> None:

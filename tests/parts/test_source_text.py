@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import spalf
 from spalf.errors import SourceError
+from spalf.parts.source import contexts, language
 from spalf.parts.source.contexts import Contexts, Vocabulary
 from spalf.parts.source.documents import (
     Document,
@@ -323,3 +324,69 @@ def test_text_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     contexts = Contexts(documents, vocabulary, length=3, keep=lambda key: True, repeat=True)
     with pytest.raises(SourceError, match="no tokenizer"):
         contexts.take(1)
+
+
+# -------------------------------------------------------------------------------------------------------- tokenising
+class Letters:
+    """A tokenizer: a letter is its place in the alphabet. Notes what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+        self.asked += texts
+        return {"input_ids": [[ord(c) - 96 for c in one] for one in texts]}
+
+
+def documents_of(*texts: str) -> list[Document]:
+    return [Document(part=i, index=0, key=b"same", content=text) for i, text in enumerate(texts)]
+
+
+def test_a_text_is_tokenised_once_in_whatever_company_it_comes_again() -> None:
+    letters = Letters()
+    vocabulary = Vocabulary(tokenizer=letters, size=100, end_of_text=0, begin=None)
+    assert [ids.tolist() for ids in vocabulary.encode(documents_of("ab", "c", "ab"))] == [[1, 2], [3], [1, 2]]
+    again = vocabulary.encode(documents_of("d", "", "ab", "c"))
+    assert [ids.tolist() for ids in again] == [[4], [], [1, 2], [3]]
+    assert {ids.dtype for ids in again} == {np.dtype(np.int64)}
+    assert letters.asked == ["ab", "c", "d", ""]
+
+
+def test_no_more_ids_are_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contexts, "REMEMBERED", 4)
+    letters = Letters()
+    vocabulary = Vocabulary(tokenizer=letters, size=100, end_of_text=0, begin=None)
+    for _ in range(2):
+        assert [ids.tolist() for ids in vocabulary.encode(documents_of("abc", "de", "f"))] == [[1, 2, 3], [4, 5], [6]]
+    assert letters.asked == ["abc", "de", "f", "de"]
+
+
+# ------------------------------------------------------------------------------------------------ passes of the model
+class Sums:
+    """A model: a position's row is the sum of the ids up to it that are text. Notes how many tokens each pass has."""
+
+    def __init__(self) -> None:
+        self.passes: list[int] = []
+
+    def activations(self, tokens_ST: torch.Tensor, real_ST: torch.Tensor | None) -> torch.Tensor:
+        self.passes.append(tokens_ST.numel())
+        return (tokens_ST if real_ST is None else tokens_ST * real_ST).cumsum(1)[:, :, None]
+
+    def logits(self, *_: object) -> torch.Tensor:
+        raise NotImplementedError
+
+    def unembedding(self) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_a_cpu_is_asked_for_few_contexts_at_a_time(is_masked: bool) -> None:
+    tokens_ST = torch.arange(70 * 100).view(70, 100)
+    real_ST = tokens_ST % 3 != 0 if is_masked else None
+    model = Sums()
+    found_STD = language.activations_of(model, tokens_ST, real_ST)
+    assert torch.equal(found_STD, Sums().activations(tokens_ST, real_ST))
+    assert model.passes == [1000] * 7
+    assert max(model.passes) <= language.CPU_TOKENS
+    language.activations_of(model, torch.ones(2, 2 * language.CPU_TOKENS), None)
+    assert model.passes[7:] == [2 * language.CPU_TOKENS] * 2

@@ -5,12 +5,14 @@ Shapes: S contexts, T positions.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor
 
 from spalf.errors import SourceError
@@ -18,29 +20,31 @@ from spalf.parts.source.documents import Document, Documents, Ids, Keep, documen
 
 BATCH_DOCUMENTS = 64
 BATCH_CHARACTERS = 1 << 18
+REMEMBERED = 1 << 22
+"""Token ids that a vocabulary remembers: 16 MiB of them."""
 
 
 @frozen(kw_only=True, eq=False)
 class Vocabulary:
-    """A tokenizer and the ids that packing needs. `tokenizer` is None where only token files are read."""
+    """A tokenizer and the ids that packing needs. `tokenizer` is None where only token files are read.
+
+    Texts that were encoded are remembered, up to REMEMBERED ids in all: the two orders in which a run reads its text,
+    and every later epoch, are of the same documents.
+    """
 
     tokenizer: Any
     size: int
     end_of_text: int
     begin: int | None
     """Put before each context; None: nothing is."""
+    _memory: dict[bytes, npt.NDArray[np.int32]] = field(factory=dict, init=False, repr=False)
 
     def encode(self, documents: Sequence[Document]) -> list[Ids]:
         """Token ids of each document, without special tokens. Raises SourceError at an id the model does not know."""
-        texts = [d.content for d in documents if isinstance(d.content, str)]
-        if texts and self.tokenizer is None:
-            raise SourceError("the model has no tokenizer (put its files beside the config, or read token files)")
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        encoded = iter(self.tokenizer(texts, **options)["input_ids"] if texts else ())
+        encoded = iter(self._encode_texts([d.content for d in documents if isinstance(d.content, str)]))
         out = []
         for document in documents:
-            content = document.content
-            ids = np.asarray(next(encoded), dtype=np.int64) if isinstance(content, str) else content
+            ids = next(encoded) if isinstance(document.content, str) else document.content
             if len(ids) and int(ids.max()) >= self.size:
                 raise SourceError(
                     f"token id {int(ids.max())} in the text, but the model knows {self.size} "
@@ -48,6 +52,20 @@ class Vocabulary:
                 )
             out.append(ids)
         return out
+
+    def _encode_texts(self, texts: Sequence[str]) -> list[Ids]:
+        """Of texts that are not remembered, all at once."""
+        if texts and self.tokenizer is None:
+            raise SourceError("the model has no tokenizer (put its files beside the config, or read token files)")
+        keys = [hashlib.blake2b(t.encode("utf-8", "surrogatepass"), digest_size=16).digest() for t in texts]
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._memory}
+        fresh = dict(zip(new, _tokenise(self.tokenizer, list(new.values())) if new else (), strict=True))
+        room = REMEMBERED - sum(map(len, self._memory.values()))
+        for key, ids in fresh.items():
+            if len(ids) <= room:
+                self._memory[key] = ids.astype(np.int32)
+                room -= len(ids)
+        return [fresh[key] if key in fresh else self._memory[key].astype(np.int64) for key in keys]
 
     def document(self, text: str) -> Tensor:
         """Ids [T] of one text behind the id that it would begin behind in a context, on the CPU."""
@@ -64,6 +82,28 @@ class Vocabulary:
             return [f"<{i}>" for i in ids]
         known = len(self.tokenizer)
         return [self.tokenizer.decode([i]) if 0 <= i < known else f"<{i}>" for i in ids]
+
+
+def _tokenise(tokenizer: Any, texts: list[str]) -> list[Ids]:
+    """Ids of each text. Past a tokenizer that only hands texts on to its library: that has a call without offsets."""
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    if not _hands_on(tokenizer):
+        return [np.asarray(ids, dtype=np.int64) for ids in tokenizer(texts, **options)["input_ids"]]
+    tokenizer([""], **options)  # sets the library up as every call does, whatever a caller before has left there
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.asarray(one.ids, dtype=np.int64) for one in encoded]
+
+
+def _hands_on(tokenizer: Any) -> bool:
+    """Whether it has the `tokenizers` library behind it, and changes nothing of how transformers calls that."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return False
+    from transformers import PreTrainedTokenizerFast as Plain
+
+    names = ("__call__", "_encode_plus", "_batch_encode_plus")
+    return isinstance(tokenizer, Plain) and all(
+        getattr(type(tokenizer), name, None) is getattr(Plain, name, None) for name in names
+    )
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

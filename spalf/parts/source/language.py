@@ -23,6 +23,8 @@ from spalf.parts.source.pool import Pool
 COUNTED_TOKENS = 1 << 20
 SEQUENCE_POOL = 4096
 HELD_OUT_POOL = 1024
+CPU_TOKENS = 1024
+"""Tokens of one pass on a CPU."""
 
 
 class HookedModel(Protocol):
@@ -64,7 +66,7 @@ class _Supply:
             asked = min(self._sequences, wanted - done)
             tokens_ST = self._contexts.take(asked)
             if len(tokens_ST):
-                x_STD = self._model.activations(sent(tokens_ST, self._device), None)[:, self._skip :]
+                x_STD = activations_of(self._model, sent(tokens_ST, self._device), None)[:, self._skip :]
                 start = done * per_context
                 out_ND[start : start + x_STD.shape[0] * per_context].copy_(x_STD.flatten(0, 1))
             done += len(tokens_ST)
@@ -139,7 +141,7 @@ class LanguageStream:
         return Sequences(tokens_ST=tokens_ST, real_ST=real_ST, document_ST=document_ST, is_padded=False)
 
     def activations(self, sequences: Sequences) -> Raw:
-        x_STD = self._model.activations(sequences.tokens_ST, _mask(sequences))
+        x_STD = activations_of(self._model, sequences.tokens_ST, _mask(sequences))
         # A clone made outside inference mode may be saved for a backward pass.
         return Raw(x_STD.float() if x_STD.dtype != torch.float32 else x_STD.clone())
 
@@ -197,6 +199,19 @@ class LanguageStream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._blocks.load_state_dict(below("rows", state))
         self._contexts.load_state_dict(below("sequences", state))
+
+
+def activations_of(model: HookedModel, tokens_ST: Tensor, real_ST: Tensor | None) -> Tensor:
+    """[S, T, D] at the hook; on a CPU a few contexts at a time, so that what a block makes stays small.
+
+    Large intermediates are handed back to the system and fetched again, cleared page by page, in every operation.
+    """
+    few = max(1, CPU_TOKENS // tokens_ST.shape[1]) if tokens_ST.device.type == "cpu" else len(tokens_ST)
+    if len(tokens_ST) <= few:
+        return model.activations(tokens_ST, real_ST)
+    starts = range(0, len(tokens_ST), few)
+    masks = [None if real_ST is None else real_ST[i : i + few] for i in starts]
+    return torch.cat([model.activations(tokens_ST[i : i + few], mask) for i, mask in zip(starts, masks, strict=True)])
 
 
 def _mask(sequences: Sequences) -> Tensor | None:
