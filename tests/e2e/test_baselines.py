@@ -97,7 +97,7 @@ def test_error_at_a_given_sparsity(tmp_path: Path) -> None:
     """The least error subject to L0 <= 16: met on held-out documents, and not by much more than it has to be."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "ROWS", 8192)
-        sets = (*SMALL, "budget.tokens=81_920", "dual.margin=0.05")
+        sets = (*SMALL, "budget.tokens=163_840", "dual.margin=0.05")
         summary = spalf.run(RECIPES / "sparsity_constrained.toml", sets=sets, out=tmp_path, device="cpu").summary
     assert summary["feasible"], summary["constraints"]
     assert summary["l0"] == pytest.approx(16, rel=0.15)
