@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from spalf.bench import peer_steps
 from spalf.bench.peer_steps.measure import Clock, Task, activations, attempt, threshold
 from spalf.bench.speed import command, figures, floors, ours, page, peers, run, scaling, shares, tables
 from spalf.bench.speed.ceilings import ceilings, rates
@@ -431,17 +434,53 @@ def test_what_is_not_a_program_is_a_row(tmp_path: Path) -> None:
     assert peers.row("SAELens TopK", SMALL, empty)["status"] == "failed"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", peers.NAMES)
-def test_every_peer_steps(name: str) -> None:
-    python = Path(__file__).resolve().parents[2] / peers.DEFAULT
-    if not python.exists():
+PYTHON = Path(__file__).resolve().parents[2] / peers.DEFAULT
+# All in one process: to import these libraries takes a hundred times what their steps take.
+ALL = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+sys.path.append(sys.argv[1])
+from peer_steps.__main__ import run
+rows = {name: run(name, json.loads(sys.argv[2])) for name in json.loads(sys.argv[3])}
+open(sys.argv[4], "w").write(json.dumps(rows))
+"""
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """A row of every peer."""
+    if not PYTHON.exists():
         pytest.skip("run make peers")
-    row = peers.row(name, SMALL, python)
+    out = tmp_path_factory.mktemp("peers") / "rows.json"
+    words = [str(Path(peer_steps.__file__).parents[1]), json.dumps(asdict(SMALL)), json.dumps(peers.NAMES), str(out)]
+    environment = {**peers._environment(PYTHON), "WANDB_MODE": "disabled"}
+    call = [str(PYTHON), "-P", "-c", ALL, *words]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows: dict[str, dict[str, Any]] = json.loads(out.read_text())
+    return rows
+
+
+def stepping(row: dict[str, Any]) -> None:
     assert row["status"] == "ok", row
     assert row["moved"]
     assert row["finite"]
     assert row["l0"] == pytest.approx(4, abs=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", peers.NAMES)
+def test_every_peer_steps(name: str, stepped: dict[str, dict[str, Any]]) -> None:
+    stepping(stepped[name])
+
+
+@pytest.mark.slow
+def test_a_peer_steps_in_a_process_of_its_own() -> None:
+    if not PYTHON.exists():
+        pytest.skip("run make peers")
+    row = peers.row("dictionary_learning TopK", SMALL, PYTHON)
+    assert (row["name"], row["library"]) == ("dictionary_learning TopK", "dictionary_learning")
+    stepping(row)
 
 
 @pytest.mark.slow
