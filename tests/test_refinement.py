@@ -85,11 +85,14 @@ def test_compact_and_dense_codes_have_the_same_gradients() -> None:
 
 
 def test_an_entry_in_the_window_that_is_off_keeps_its_gradient() -> None:
-    view = refining()
-    code = view.sae.encode(view.forward.white_BD)
-    z_BK = code.z_BK
-    (grad,) = torch.autograd.grad((z_BK * torch.randn(z_BK.shape)).sum(), cast(Any, view.sae.activator).log_threshold_F)
-    assert bool((grad != 0).any())
+    """At a step of 0 thresholds have the plain gradient, to which entries just below them add their share."""
+    found = []
+    for view in (refining(step=0.0), toy_view(activation=JumpReLU(bandwidth=0.5))):
+        z_BK = view.sae.encode(view.forward.white_BD).z_BK
+        weight_BK = torch.randn(z_BK.shape, generator=torch.Generator().manual_seed(0))
+        found += torch.autograd.grad((z_BK * weight_BK).sum(), cast(Any, view.sae.activator).log_threshold_F)
+    assert bool((found[1] != 0).any())
+    torch.testing.assert_close(*found)
 
 
 def test_no_format_has_such_codes() -> None:

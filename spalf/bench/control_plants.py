@@ -8,6 +8,7 @@ variables, M constraints, B rows of a batch; draws are per seed and shared by al
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ F64 = torch.float64
 
 
 @frozen(kw_only=True, eq=False)
-class Plant:
+class Plant(ABC):
     """What every problem has: its name, how its primal is driven, and how noisy and how late its violations are.
 
     The rate falls linearly to `final` over the last share `decay` of the steps, as `schedule = "linear"` does. `judged`
@@ -40,25 +41,25 @@ class Plant:
     delay: int = 0
     judged: int = 0
 
+    @abstractmethod
     def start_N(self) -> Tensor:
         """Where the primal begins."""
-        raise NotImplementedError
 
     def draw(self, seeds: int, random: torch.Generator) -> Any:
         """One batch for every seed."""
         return None
 
+    @abstractmethod
     def measure(self, x_CSN: Tensor, batch: Any, step: int) -> tuple[Tensor, Tensor]:
         """(f [C, S], g [C, S, M]) of one batch, with graph."""
-        raise NotImplementedError
 
+    @abstractmethod
     def exact(self, x_CSN: Tensor, step: int) -> Tensor:
         """g [C, S, M] without noise."""
-        raise NotImplementedError
 
+    @abstractmethod
     def target_M(self, step: int) -> Tensor:
         """lam* at this time."""
-        raise NotImplementedError
 
     def on(self, step: int) -> bool:
         """Whether the constraints are switched on."""
@@ -66,6 +67,7 @@ class Plant:
 
     def project_(self, x_CSN: Tensor, step: int) -> None:
         """Keep the primal where it can be."""
+        return None
 
 
 def _still(step: int) -> float:

@@ -158,6 +158,7 @@ class Run:
         return "done"
 
     def _next(self, name: str) -> None:
+        self.state.sae.machine.replay.forget()  # an ended phase's step: memory that nobody will use
         self.state.clock = self.state.clock.next_phase(name)
         self.state.phase = to(self.plan.recipe.phase[name].init(self.plan), self.state.device)
         self.readings = 0

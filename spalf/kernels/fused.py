@@ -22,6 +22,12 @@ from spalf.kernels.capacity import STEP, Capacity, rounded
 _SPARSE = 1 / 12
 
 
+def _by_feature(found: lists.Lists, value_BK: Tensor, x_BD: Tensor, width: int) -> Tensor:
+    """out[f] = sum of value * x[row] over the entries of feature f: a whole gradient matrix [F, D]."""
+    by = lists.turn_over([found.index_BK], width)
+    return lists.sum_by_feature(by, by.take(value_BK), x_BD, width)
+
+
 class _Pre(torch.autograd.Function):
     """Pre-activations that are already computed, at listed entries, with the gradient of y W_enc' + b_enc."""
 
@@ -45,8 +51,7 @@ class _Pre(torch.autograd.Function):
             share.force_BK, share.white_BD = grad_BK, white_BD
             share.overflow = (found.count_B > found.index_BK.shape[1]).any()
         else:
-            by = lists.turn_over([found.index_BK], width)
-            grad_weight = lists.sum_by_feature(by, by.take(grad_BK), white_BD, width)
+            grad_weight = _by_feature(found, grad_BK, white_BD, width)
             grad_bias = per_feature(grad_BK, found.index_BK, width)
         return grad_white, grad_weight, grad_bias, None, None, None
 
@@ -70,8 +75,7 @@ class _Decode(torch.autograd.Function):
         if ctx.shares.open:
             ctx.shares.add(found.index_BK, z_BK, grad_BD)
         else:
-            by = lists.turn_over([found.index_BK], weight_FD.shape[0])
-            grad_weight = lists.sum_by_feature(by, by.take(z_BK), grad_BD, weight_FD.shape[0])
+            grad_weight = _by_feature(found, z_BK, grad_BD, weight_FD.shape[0])
         return grad_z, grad_weight, None, None, None
 
 
@@ -94,8 +98,7 @@ class _Correlate(torch.autograd.Function):
         if ctx.shares.open:
             ctx.shares.add(found.index_BK, grad_BK, v_BD)
         else:
-            by = lists.turn_over([found.index_BK], weight_FD.shape[0])
-            grad_weight = lists.sum_by_feature(by, by.take(grad_BK), v_BD, weight_FD.shape[0])
+            grad_weight = _by_feature(found, grad_BK, v_BD, weight_FD.shape[0])
         return grad_v, grad_weight, None, None, None
 
 
