@@ -75,21 +75,29 @@ class Process:
         return said[-1][-600:] if said else f"ended with exit code {code} and said nothing"
 
 
-def task(table: Mapping[str, Any], directory: Path, fds: Sequence[int] = ()) -> Process:
-    """Start `spalf.bench.task` on a table, in `directory`."""
+def task(table: Mapping[str, Any], directory: Path, environment: Mapping[str, str], fds: Sequence[int] = ()) -> Process:
+    """Start `spalf.bench.task` on a table, in `directory`, with `environment` beside our own."""
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"{table['kind']}.json"
     write_json(file, {**table, "answer": str(directory / ANSWER)})
-    return Process([sys.executable, "-m", "spalf.bench.task", str(file)], directory, os.environ, fds)
+    return Process([sys.executable, "-m", "spalf.bench.task", str(file)], directory, {**os.environ, **environment}, fds)
 
 
-def worker(python: Sequence[str], order: Mapping[str, Any], directory: Path, path: Path, fds: Sequence[int]) -> Process:
+def worker(
+    python: Sequence[str],
+    order: Mapping[str, Any],
+    directory: Path,
+    path: Path,
+    environment: Mapping[str, str],
+    fds: Sequence[int],
+) -> Process:
     """Start a peer on an order, by the command `python`; `path` is a directory made by `alone_on_path`."""
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / ORDER, order)
     own = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    environment = {k: v for k, v in os.environ.items() if k not in own} | {"WANDB_MODE": "disabled"}
-    return Process([*python, "-c", START, str(path), str(directory / ORDER)], directory, environment, fds)
+    base = {k: v for k, v in os.environ.items() if k not in own} | {"WANDB_MODE": "disabled"}
+    command = [*python, "-c", START, str(path), str(directory / ORDER)]
+    return Process(command, directory, {**base, **environment}, fds)
 
 
 def alone_on_path(directory: Path) -> Path:
@@ -122,9 +130,9 @@ def told_to_end() -> Iterator[None]:
 class Harvest:
     """One pass over a stream, and the pipes and the ring of the workers that read it."""
 
-    def __init__(self, directory: Path, batch: int, d_model: int) -> None:
+    def __init__(self, directory: Path, batch: int, d_model: int, environment: Mapping[str, str]) -> None:
         self.members = 0
-        self._directory, self._batch = directory, batch
+        self._directory, self._batch, self._environment = directory, batch, environment
         self._slots = max(2, min(64, RING_BYTES // (4 * batch * d_model)))
         self._bytes = self._slots * 4 * batch * d_model
         self._ring = os.memfd_create("spalf-ring")  # shared memory that goes with its last user
@@ -139,7 +147,7 @@ class Harvest:
         fds = (self._ring, ready[0], freed[1])
         told = {"ring": f"/proc/self/fd/{self._ring}", "slots": self._slots, "ready": ready[0], "freed": freed[1]}
         self.members += 1
-        return worker(python, {**order, **told}, directory, path, fds)
+        return worker(python, {**order, **told}, directory, path, self._environment, fds)
 
     def start(self, base: Path, seed: int, batches: int, device: str) -> None:
         """Begin; from here on only the two sides hold the pipes, so that each learns of the other's end."""
@@ -155,7 +163,8 @@ class Harvest:
             "slots": self._slots,
             "consumers": consumers,
         }
-        self._process = task(table, self._directory, [self._ring, *(fd for pair in consumers for fd in pair)])
+        held = [self._ring, *(fd for pair in consumers for fd in pair)]
+        self._process = task(table, self._directory, self._environment, held)
         for fd in (self._ring, *(fd for ready, freed in self._pipes for fd in (*ready, *freed))):
             os.close(fd)
 

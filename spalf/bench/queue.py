@@ -16,6 +16,7 @@ from attrs import define, field, frozen
 from spalf.assembly import toml
 from spalf.bench import results, tables
 from spalf.bench.jobs import Due, Job, expand
+from spalf.bench.places import Place, free, places
 from spalf.bench.processes import Harvest, Process, alone_on_path, task, told_to_end
 from spalf.bench.suite import Suite
 from spalf.record import write_whole
@@ -37,6 +38,7 @@ class Visit:
     out: Path
     only: str = "*"
     jobs: int = 1
+    """How many work at once on each device."""
     minutes: float = float("inf")
     peers: tuple[str, ...] = ()
     """The command of the peers' interpreter; without it their jobs are left."""
@@ -55,6 +57,7 @@ class Outcome:
 @define(kw_only=True)
 class _Running:
     job: Job
+    place: Place
     process: Process
     directory: Path
     started: float
@@ -74,6 +77,7 @@ class Queue:
         self._lines = results.read(visit.out)
         self._due = self._expanded()
         self._machine, self._commit = results.machine(visit.device), results.commit()
+        self._places = places(visit.device)
 
     def run(self) -> Outcome:
         """Work until nothing is left to start, or the minutes are over. A directory has one queue at a time."""
@@ -141,67 +145,65 @@ class Queue:
     # --------------------------------------------------------------------------------------------------- starting
     def _start(self) -> None:
         pending = [job for job in self._pending() if not self._reason(job)]
-        while pending and len(self._running) < self._visit.jobs:
+        while pending:
+            found = free(self._places, [one.place for one in self._running], self._visit.jobs)
+            if found is None:
+                return
+            place, room = found
             job = pending.pop(0)
             if job.kind == "peer":
-                free = self._visit.jobs - len(self._running) - 1
-                others = [other for other in pending if other.kind == "peer" and other.stream == job.stream][:free]
+                others = [other for other in pending if other.kind == "peer" and other.stream == job.stream][: room - 1]
                 pending = [other for other in pending if other not in others]
-                self._start_peers([job, *others])
+                self._start_peers([job, *others], place)
             else:
-                self._begin(job, self._own(job))
+                self._begin(job, place, self._own(job, place))
 
-    def _own(self, job: Job) -> Process:
+    def _own(self, job: Job, place: Place) -> Process:
         """A recipe of ours, or the agreement of two dictionaries."""
         directory = self._directory(job)
         if job.kind == "agreement":
             decoders = [str(self._rows_of(key)) for key in job.work["of"]]
-            return task({"kind": "agree", "decoders": decoders, "rows": job.work["rows"]}, directory)
+            return task({"kind": "agree", "decoders": decoders, "rows": job.work["rows"]}, directory, place.environment)
         write_whole(directory / "recipe.toml", toml.write(job.work))
         table = {"kind": "train", "recipe": str(directory / "recipe.toml"), "out": str(directory / "run")}
-        return task({**table, **self._common(job)}, directory)
+        return task({**table, **self._common(job, place)}, directory, place.environment)
 
-    def _start_peers(self, jobs: Sequence[Job]) -> None:
-        """Peers of one stream, fed from one harvest."""
+    def _start_peers(self, jobs: Sequence[Job], place: Place) -> None:
+        """Peers of one stream on one device, fed from one harvest."""
         first = jobs[0].work
-        harvest = Harvest(self._work / f"harvest-{jobs[0].key}", first["batch"], first["d_model"])
+        harvest = Harvest(self._work / f"harvest-{jobs[0].key}", first["batch"], first["d_model"], place.environment)
         for job in jobs:
             directory = self._directory(job)
             (directory / "saved").mkdir()
-            device = {"device": self._device, "out": str(directory / "saved")}
+            device = {"device": place.device, "out": str(directory / "saved")}
             process = harvest.worker(self._visit.peers, {**job.work, **device}, directory, self._path)
-            self._begin(job, process, harvest)
+            self._begin(job, place, process, harvest)
         batches = max(job.work["normalise"] + job.work["steps"] for job in jobs)
-        harvest.start(self._recipe, first["seed"], batches, self._device)
+        harvest.start(self._recipe, first["seed"], batches, place.device)
 
-    def _begin(self, job: Job, process: Process, harvest: Harvest | None = None) -> None:
+    def _begin(self, job: Job, place: Place, process: Process, harvest: Harvest | None = None) -> None:
         self._running.append(
             _Running(
                 job=job,
+                place=place,
                 process=process,
                 directory=self._directory(job),
                 started=time.monotonic(),
                 harvest=harvest,
             )
         )
-        self._tell(f"start: {job.name}")
+        where = f" on {place.name}" if len(self._places) > 1 else ""
+        self._tell(f"start: {job.name}{where}")
 
-    def _common(self, job: Job) -> dict[str, Any]:
+    def _common(self, job: Job, place: Place) -> dict[str, Any]:
         """What a task that measures is told."""
         wanted = job.about["share"] == 1.0 and job.about["setting"] in self._suite.agreement.at
         return {
             "base": str(self._recipe),
             "held_out_seed": self._suite.held_out_seed,
-            "device": self._device,
+            "device": place.device,
             "decoder": str(self._rows_of(job.key)) if wanted else None,
         }
-
-    @property
-    def _device(self) -> str:
-        """By name: a peer knows no "auto"."""
-        if self._visit.device != "auto":
-            return self._visit.device
-        return "cpu" if self._machine.startswith("CPU ") else "cuda"
 
     def _directory(self, job: Job) -> Path:
         directory = self._work / job.key
@@ -235,7 +237,7 @@ class Queue:
             "format": FORMATS[one.job.work["library"]],
             "tokens": min(IMPORTED, samples),
         }
-        one.process = task({**table, **self._common(one.job)}, one.directory)
+        one.process = task({**table, **self._common(one.job, one.place)}, one.directory, one.place.environment)
 
     def _finish(self, one: _Running, answer: dict[str, Any]) -> None:
         """The line of a job that has ended; its files go."""
@@ -249,7 +251,7 @@ class Queue:
             "job": {**one.job.about, "name": one.job.name},
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": self._machine,
-            "together": len(self._running) + 1,
+            "together": [other.place for other in (*self._running, one)].count(one.place),
             "commit": self._commit,
             "seconds": {**trained, **answer.pop("seconds", {}), "total": total},
             "versions": {**answer.pop("versions", {}), **one.told.get("versions", {})},
