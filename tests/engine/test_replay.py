@@ -107,11 +107,16 @@ def test_recorded_steps_give_the_numbers_of_unrecorded_ones(monkeypatch: pytest.
     def trained(recorded: bool) -> tuple[list[float], dict[str, Any], int]:
         replayed = []
         call = replay._Recorded.__call__
+
+        def counted(*given: Any) -> Outcome:
+            replayed.append(1)
+            return call(*given)
+
         monkeypatch.setattr(ours, "SETTINGS", (*ours.SETTINGS[:-1], "knobs.lr=1e-3"))
         stream = ours.pool(task)
         made = ours.Ours(task, variant, stream)
         with monkeypatch.context() as patch:
-            patch.setattr(replay._Recorded, "__call__", lambda *given: (replayed.append(1), call(*given))[1])
+            patch.setattr(replay._Recorded, "__call__", counted)
             if not recorded:
                 patch.setattr(Replay, "step", lambda self, key, state, batch, body: body(batch))
             losses = [made.step() for _ in range(100)]
