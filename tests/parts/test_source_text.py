@@ -1,11 +1,8 @@
 """Text: which documents are read, which are held out, and how they are cut to contexts."""
 
-import importlib.util
 import json
-import sys
 import sysconfig
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import spalf
+from spalf.assets.tiny_lm.making import corpus as rules
 from spalf.errors import SourceError
 from spalf.parts.source import contexts, language
 from spalf.parts.source.contexts import Contexts, Vocabulary
@@ -39,20 +36,7 @@ def contents(documents: Documents, epoch: int = 0, part: int = 0, index: int = 0
 
 
 # ---------------------------------------------------------------------------------------------- the standard library
-@pytest.fixture(scope="module")
-def rules() -> ModuleType:
-    """The script that made the embedded model: its rules are the ones to agree with."""
-    path = Path(spalf.__file__).parent / "assets" / "tiny_lm" / "train.py"
-    spec = importlib.util.spec_from_file_location("tiny_lm_train", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_stdlib_is_what_the_embedded_model_may_have_read_and_no_more(rules: ModuleType) -> None:
+def test_stdlib_is_what_the_embedded_model_may_have_read_and_no_more() -> None:
     documents = list(open_text("stdlib").read(0, 0, 0))
     paths = {d.key.decode() for d in documents}
     assert {"json/decoder.py", "argparse.py"} <= paths
