@@ -7,6 +7,7 @@ from spalf.parts.evaluator.drift import DriftFidelity
 from spalf.parts.evaluator.frontier import SparsityFrontier
 from spalf.parts.evaluator.geometry import Geometry
 from spalf.parts.evaluator.probing import SparseProbing
+from spalf.parts.evaluator.tokens import TokenFeatures
 from spalf.parts.evaluator.truth import GroundTruth
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "GroundTruth",
     "SparseProbing",
     "SparsityFrontier",
+    "TokenFeatures",
 ]
