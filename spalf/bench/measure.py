@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from attrs import evolve
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -30,8 +31,14 @@ SAME = 0.7
 KEPT = (
     *("l0", "l0.p10", "l0.p90", "ce_gap", "ce_gap.ci_low", "ce_gap.ci_high", "ce_clean", "loss_recovered", "kl"),
     *("dense_fraction", "mcc", "mcc_floor", "f1", "precision", "recall", "uniqueness"),
+    *("absorption_full", "absorption_fraction", "letters", "probe_f1", "single", "detected"),
 )
 """Measures that a line keeps under their own names, beside `fvu` (raw) and `dead`."""
+OF_STRATUM = (
+    *("cosine_mean", "own_token", "promotes_own", "promotes_own_top", "own_peak", "own_next", "own_f1", "fires"),
+    *("share_of_l0", "dead_fraction", "absorption_full", "single"),
+)
+"""Measures that a line keeps of each stratum where there are several, the stratum's name before or behind them."""
 
 
 def measure(plan: Plan, state: TrainingState, shared: Recipe, decoder: Path | None) -> dict[str, float]:
@@ -46,8 +53,8 @@ def measure(plan: Plan, state: TrainingState, shared: Recipe, decoder: Path | No
     scores = measuring.evaluate(plan, state)
     if decoder is not None:
         with torch.no_grad():
-            write_rows(decoder, state.metric.raw_direction(White(state.sae.W_dec_FD)))
-    return flat(scores)
+            write_rows(decoder, state.metric.raw_direction(White(state.sae.W_dec_FD)), state.sae.rows)
+    return flat(scores, state.sae.rows)
 
 
 def adopted(
@@ -68,7 +75,7 @@ def adopted(
     return plan, state
 
 
-def flat(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def flat(scores: Mapping[str, Mapping[str, float]], strata: Collection[str] = ()) -> dict[str, float]:
     """The measures of a line, of whichever evaluator."""
     every = {name: float(value) for one in scores.values() for name, value in one.items()}
     own = scores["dictionary"]
@@ -76,25 +83,46 @@ def flat(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     for end, other in (("ci_low", "ci_high"), ("ci_high", "ci_low")):
         if f"r2_raw.{other}" in own:
             out[f"fvu.{end}"] = 1.0 - own[f"r2_raw.{other}"]
-    return out | {name: every[name] for name in KEPT if name in every}
+    kept = list(KEPT)
+    if len(strata) > 1:
+        kept += [name for one in strata for measure in OF_STRATUM for name in (f"{one}.{measure}", f"{measure}.{one}")]
+    return out | {name: every[name] for name in kept if name in every}
 
 
-def write_rows(path: Path, rows_FD: Tensor) -> None:
-    """Unit rows, float16, whole or not at all."""
+def write_rows(path: Path, rows_FD: Tensor, strata: Mapping[str, slice] = {}) -> None:
+    """Unit rows, float16, and which of them are of which stratum; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"rows": normalize(rows_FD.float(), dim=1).half().contiguous().cpu()}, temporary)
+    spans = {name: f"{span.start}:{span.stop}" for name, span in strata.items()}
+    save_file({"rows": normalize(rows_FD.float(), dim=1).half().contiguous().cpu()}, temporary, spans)
     temporary.replace(path)
+
+
+def read_rows(path: Path) -> tuple[Tensor, dict[str, slice]]:
+    """What `write_rows` has written."""
+    with safe_open(path, framework="pt") as file:
+        strata = file.metadata() or {}
+        return file.get_tensor("rows").float(), {name: slice(*map(int, s.split(":"))) for name, s in strata.items()}
 
 
 def agreement(paths: tuple[Path, Path], rows: int) -> dict[str, Any]:
     """PW-MCC (2505.20254) of two dictionaries: `rows` of the first matched one to one to rows of the second.
 
-    The mean cosine under the best assignment, `shared` the share of pairs above 0.7, and what random rows reach.
+    The mean cosine under the best assignment, `shared` the share of pairs above 0.7, and what random rows reach. Where
+    the first has several strata, `pw_mcc.<stratum>` and `shared.<stratum>` are of the pairs with a row of that stratum.
     """
-    a_FD, b_FD = (load_file(path)["rows"].float() for path in paths)
+    (a_FD, strata), (b_FD, _) = (read_rows(path) for path in paths)
+    row_N = torch.arange(len(a_FD))
     if len(a_FD) > rows:
-        a_FD = a_FD[torch.randperm(len(a_FD), generator=torch.Generator().manual_seed(0))[:rows]]
-    found = matching.matched(a_FD, b_FD)
-    shared = float((found.cosine_P > SAME).double().mean())
-    return {"pw_mcc": found.mean, "shared": shared, "pw_mcc_floor": matching.floor(a_FD, len(b_FD))}
+        row_N = torch.randperm(len(a_FD), generator=torch.Generator().manual_seed(0))[:rows]
+    found = matching.matched(a_FD[row_N], b_FD)
+    row_P = row_N[found.first_P]
+    parts = {"": torch.ones_like(row_P, dtype=torch.bool)}
+    if len(strata) > 1:
+        parts |= {f".{name}": (row_P >= span.start) & (row_P < span.stop) for name, span in strata.items()}
+    out: dict[str, Any] = {"pw_mcc_floor": matching.floor(a_FD[row_N], len(b_FD))}
+    for name, is_in_P in parts.items():
+        if bool(is_in_P.any()):
+            out[f"pw_mcc{name}"] = float(found.cosine_P[is_in_P].mean())
+            out[f"shared{name}"] = float((found.cosine_P[is_in_P] > SAME).double().mean())
+    return out

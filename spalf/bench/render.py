@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from spalf.bench.chart import Plot, Series, svg
@@ -23,6 +23,9 @@ TITLES = {
     "mcc": "MCC",
     "f1": "F1",
     "uniqueness": "uniqueness",
+    "absorption_full": "absorbed",
+    "single": "of one token",
+    "detected": "tokens detected",
 }
 PLOTTED = {
     "fvu": ("What is left unexplained", "FVU of raw activations"),
@@ -30,6 +33,19 @@ PLOTTED = {
     "mcc": ("Planted directions found", "MCC"),
     "f1": ("Planted features detected", "F1"),
 }
+
+
+ANCHORED = {
+    "{}.cosine_mean": "cosine with the anchor",
+    "{}.own_token": "nearest to its own anchor",
+    "{}.fires": "fires",
+    "{}.own_peak": "strongest on its token",
+    "{}.own_next": "strongest before its token",
+    "{}.own_f1": "F1 for its token",
+    "{}.promotes_own_top": "promotes its token",
+    "share_of_l0.{}": "share of L0",
+}
+"""Measures of a stratum with anchors, and what a table's column is called."""
 
 
 def render(suite: Suite, lines: Sequence[Line], page: Path) -> None:
@@ -61,6 +77,7 @@ def _section(suite: Suite, lines: Sequence[Line], held: Sequence[Line], plot: st
     for part in (
         _comparison(every),
         _relative(every),
+        _strata(every),
         _sweeps(suite, held),
         _agreements(suite, held),
         _failures(suite, lines),
@@ -166,13 +183,37 @@ def _agreements(suite: Suite, held: Sequence[Line]) -> list[str]:
         own = [line for line in held if line["kind"] == "agreement" and line["job"]["method"] == method.name]
         for setting in sorted({line["job"]["setting"] for line in own}):
             found = [line["measures"] for line in own if line["job"]["setting"] == setting]
-            cells = [f"{sum(m[n] for m in found) / len(found):.3f}" for n in ("pw_mcc", "shared", "pw_mcc_floor")]
-            body.append([method.title, f"{axis_name(method.axis)} {setting:g}", str(len(found)), *cells])
+            # A stratum's rows are told apart where the dictionary has several.
+            parts = ["", *sorted(n.removeprefix("pw_mcc") for n in found[0] if n.startswith("pw_mcc."))]
+            for part in parts:
+                names = (f"pw_mcc{part}", f"shared{part}", "pw_mcc_floor")
+                cells = [_over(found, name) for name in names]
+                rows_of = part.removeprefix(".") or "all"
+                body.append([method.title, f"{axis_name(method.axis)} {setting:g}", rows_of, str(len(found)), *cells])
     if not body:
         return []
-    head = ["method", "setting", "pairs of seeds", "PW-MCC", "shared above 0.7", "of random rows"]
+    head = ["method", "setting", "rows", "pairs of seeds", "PW-MCC", "shared above 0.7", "of random rows"]
     note = f"{suite.agreement.rows:,} rows of one dictionary are matched one to one to all rows of the other."
     return ["### The same features from another seed", "", *_table(head, body), "", note]
+
+
+def _over(found: Sequence[Mapping[str, float]], name: str) -> str:
+    """The mean of a measure over the lines that have it."""
+    values = [measures[name] for measures in found if name in measures]
+    return f"{sum(values) / len(values):.3f}" if values else "-"
+
+
+def _strata(every: Sequence[Row]) -> list[str]:
+    """What is measured of anchored rows, a table of its own: dictionaries without them have no such number."""
+    body = []
+    for row in every:
+        for name in sorted({n.partition(".")[0] for n in row.values if n.endswith(".cosine_mean")}):
+            cells = [_value(row, measure.format(name)) for measure in ANCHORED]
+            body.append([row.method.title, f"{axis_name(row.method.axis)} {row.setting:g}", name, *cells])
+    if not body:
+        return []
+    head = ["method", "setting", "stratum", *ANCHORED.values()]
+    return ["### Rows that are tied to a token", "", *_table(head, body)]
 
 
 def _failures(suite: Suite, lines: Sequence[Line]) -> list[str]:

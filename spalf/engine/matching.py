@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,7 +25,7 @@ SAMPLE = 1024
 
 @frozen(kw_only=True, eq=False)
 class Matching:
-    """Pairs of rows under the best one-to-one assignment, and the cosine of each."""
+    """Pairs of rows under the best one-to-one assignment, by their numbers in the whole, and the cosine of each."""
 
     first_P: Tensor
     second_P: Tensor
@@ -51,11 +51,13 @@ def matched(a_ND: Tensor, b_FD: Tensor, *, signed: bool = True, seed: int = 0) -
     Above 16 384 rows a sample of `a`, drawn from `seed`, is matched to all of `b`: a sample of both would lose most
     partners. A sampled row competes with fewer others, so a floor has to be sampled in the same way.
     """
+    row_N = torch.arange(len(a_ND))
     if max(len(a_ND), len(b_FD)) > WHOLE and len(a_ND) > SAMPLE:
-        draw = torch.Generator().manual_seed(seed)
-        a_ND = a_ND[torch.randperm(len(a_ND), generator=draw)[:SAMPLE].to(a_ND.device)]
+        row_N = torch.randperm(len(a_ND), generator=torch.Generator().manual_seed(seed))[:SAMPLE]
+        a_ND = a_ND[row_N.to(a_ND.device)]
     cosine_NF = normalize(a_ND.float(), dim=-1) @ normalize(b_FD.float(), dim=-1).T
-    return assigned(cosine_NF if signed else cosine_NF.abs())
+    found = assigned(cosine_NF if signed else cosine_NF.abs())
+    return evolve(found, first_P=row_N[found.first_P])
 
 
 def floor(a_ND: Tensor, rows: int, *, signed: bool = True, seed: int = 0) -> float:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from spalf.bench import results
 from spalf.bench import suite as suites
 from spalf.bench.choice import read_at
+from spalf.bench.measure import agreement, flat, write_rows
 from spalf.bench.render import render, replaced
 from spalf.bench.summary import against, current, rows
 from spalf.bench.trainers import ring
@@ -124,6 +125,51 @@ def test_a_page_is_a_function_of_its_lines(suite: suites.Suite, tmp_path: Path) 
     assert text.count("## Suite suite") == 1
     for said in ("0.740 (good)", "*", "out of memory", "a chip", "abc", "Ours \\| here", "taken", "0.185 +- 0.0071"):
         assert said in text, said
+
+
+def test_agreement_is_told_by_stratum(tmp_path: Path) -> None:
+    """Half of the rows are another dictionary's in another order, and half are random."""
+    rows_FD = torch.eye(40)[:20]
+    other_FD = torch.cat([rows_FD[:10].flip(0), torch.randn(10, 40, generator=torch.Generator().manual_seed(0))])
+    strata = {"tied": slice(0, 10), "loose": slice(10, 20)}
+    one, two, three = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "three"))
+    write_rows(one, rows_FD, strata)
+    write_rows(two, other_FD, strata)
+    write_rows(three, other_FD, {"loose": slice(0, 20)})
+    for few in (20, 12):
+        out = agreement((one, two), few)
+        assert out["pw_mcc.tied"] == pytest.approx(1.0, abs=1e-3)
+        assert out["shared.tied"] == 1.0
+        assert out["shared.loose"] == 0.0
+        assert out["pw_mcc.loose"] < 0.6
+        assert out["pw_mcc.loose"] < out["pw_mcc"] < out["pw_mcc.tied"]
+    assert set(agreement((three, two), 20)) == {"pw_mcc", "shared", "pw_mcc_floor"}
+
+
+def test_a_line_keeps_what_is_told_of_strata() -> None:
+    own = {"r2_raw": 0.75, "dead_fraction": 0.0, "share_of_l0.tied": 0.3, "share_of_l0.loose": 0.7, "rows": 9.0}
+    scores = {"dictionary": own, "drift_fidelity": {"tied.cosine_mean": 0.9, "tied.cosine_min": 0.1}}
+    scores["token_features"] = {"single": 0.5, "single.tied": 1.0, "tokens": 4.0}
+    kept = {"fvu": 0.25, "dead": 0.0, "single": 0.5}
+    assert flat(scores, ["loose"]) == kept
+    told = {"share_of_l0.tied": 0.3, "share_of_l0.loose": 0.7, "tied.cosine_mean": 0.9, "single.tied": 1.0}
+    assert flat(scores, ["tied", "loose"]) == kept | told
+
+
+def test_a_page_tells_of_strata_where_there_are_some(suite: suites.Suite, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    render(suite, LINES, page)
+    assert "tied to a token" not in page.read_text(encoding="utf-8")
+    tied = line("ours", 16, 16.0, 0.2)
+    tied["measures"] |= {"tied.cosine_mean": 0.912, "tied.own_peak": 0.987, "share_of_l0.tied": 0.3, "single": 0.413}
+    agreed = line("ours", 16, 0.0, 0.0, seeds=[0, 1]) | {"kind": "agreement"}
+    agreed["measures"] = {"pw_mcc": 0.7, "shared": 0.6, "pw_mcc_floor": 0.1, "pw_mcc.tied": 0.95, "shared.tied": 0.9}
+    render(suite, [tied, agreed], page)
+    text = page.read_text(encoding="utf-8")
+    assert "| Ours \\| here | L0 16 | tied | 0.912 | - | - | 0.987 | - | - | - | 0.300 |" in text
+    assert "| Ours \\| here | L0 16 | all | 1 | 0.700 | 0.600 | 0.100 |" in text
+    assert "| Ours \\| here | L0 16 | tied | 1 | 0.950 | 0.900 | 0.100 |" in text
+    assert "| of one token |" in text
 
 
 def test_sections_are_replaced_where_they_are() -> None:

@@ -40,6 +40,7 @@ def test_a_sample_of_a_wide_dictionary_is_matched_to_all_of_the_other(monkeypatc
     found = matching.matched(a_ND, a_ND.flip(0))
     assert len(found.cosine_P) == 30
     assert found.mean == pytest.approx(1.0), "no partner is lost"
+    assert torch.equal(found.first_P, 199 - found.second_P), "numbers of rows, not of the sample's"
     assert matching.matched(a_ND, a_ND, seed=1).second_P.tolist() != matching.matched(a_ND, a_ND).second_P.tolist()
     assert len(matching.matched(a_ND[:20], a_ND).cosine_P) == 20
 
