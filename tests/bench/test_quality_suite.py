@@ -177,3 +177,13 @@ def test_the_suites_that_ship_are_read(file: Path) -> None:
     for method in suite.methods:
         assert not method.recipe or "/" not in method.recipe or Path(method.recipe).is_file()
     assert Path(suite.base).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "bench").glob("*.toml")), ids=lambda file: file.stem)
+def test_the_suites_that_ship_compile(file: Path) -> None:
+    """Every method at every setting, without a model's weights."""
+    suite = suites.read(file)
+    due = expand(suite, tables.base_of(suite, ()), {})
+    named = {job.about["method"] for job in due.jobs} | set(due.waiting)
+    assert named == {method.name for method in suite.methods}
