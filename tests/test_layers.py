@@ -42,7 +42,7 @@ UNITS = {
     "errors": Unit(layer=0, third_party=names("attrs attr")),
     "core": Unit(layer=1, third_party=TENSORS),
     "hooks": Unit(layer=2, third_party=TENSORS | {"pluggy"}),
-    "kernels": Unit(layer=2, third_party=TENSORS, lazy=names("triton")),
+    "kernels": Unit(layer=2, third_party=TENSORS | {"numpy"}, lazy=names("triton")),
     "nn": Unit(layer=3, third_party=TENSORS),
     "assembly": Unit(layer=3, third_party=TENSORS | names("cattrs cattr tomli tomli_w")),
     "engine": Unit(layer=4, third_party=ENGINE, lazy=names("scipy"), must_not=names("parts assembly")),
@@ -74,7 +74,9 @@ UNITS = {
     "__main__": Unit(layer=7, third_party=frozenset(), also=names("cli __init__")),
 }
 # `@triton.jit` needs triton where a kernel is written. Such a module is itself lazy: imported inside functions only.
-EAGER_KERNELS = names("spalf.kernels spalf.kernels.reference spalf.kernels.compact")
+EAGER_KERNELS = names(
+    "spalf.kernels spalf.kernels.reference spalf.kernels.compact spalf.kernels.layout spalf.kernels.coherence"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

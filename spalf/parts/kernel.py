@@ -17,7 +17,7 @@ from spalf.core.slots import kernel
 from spalf.core.state import Learner
 from spalf.core.values import Code, White
 from spalf.errors import RunError
-from spalf.kernels import compact, reference
+from spalf.kernels import coherence, compact, reference
 
 # Listed entries per row, as a share of the features, above which a dense product beats gathering (measured on a CPU).
 _SPARSE = 1 / 10
@@ -66,7 +66,9 @@ class TorchOps:
         direction: Callable[[White], Tensor],
         draw: torch.Generator,
     ) -> Tensor:
-        return reference.coactivation(code, sae, sample_R, rows, direction, draw)
+        if sample_R.is_cuda:
+            return reference.coactivation(code, sae, sample_R, rows, direction, draw)
+        return coherence.coactivation(code, sae, sample_R, rows, direction, draw)
 
     def distance(self, sae: Autoencoder, target_AD: Tensor, rows: slice) -> Tensor:
         return reference.distance(sae, target_AD, rows)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spalf.core.values import Code, Machine, White
-from spalf.kernels import compact, reference
+from spalf.kernels import compact, layout, reference
+from spalf.kernels.layout import places
 from spalf.nn import StratifiedAutoencoder
 from spalf.parts.activation import JumpReLU, JumpReLUMoreau
 
@@ -159,4 +160,38 @@ def test_lists_that_encode_did_not_make_are_read() -> None:
 @given(shape=st.sampled_from([(1, 8), (3, 5), (64, 64), (7, 16), (2, 4)]), share=st.sampled_from([0.0, 0.02, 0.5, 1.0]))
 def test_a_mask_is_searched_whole(shape: tuple[int, int], share: float) -> None:
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < share
-    assert torch.equal(compact._above(mask), mask.reshape(-1).nonzero()[:, 0])
+    assert torch.equal(places(mask), mask.reshape(-1).nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("rows", [slice(0, 33), slice(5, 20)])
+@pytest.mark.parametrize("is_decoded", [True, False])
+def test_active_features_of_a_row_are_counted_within_a_stratum(rows: slice, is_decoded: bool) -> None:
+    sae, white_BD = built(JumpReLU, 9, 17, 33, 1.0, 1.0)
+    code = compact.encode(white_BD, sae)
+    assert code is not None
+    if is_decoded:
+        compact.decode(code, sae)
+    wanted_B = reference.encode(white_BD, sae).gate_BK.detach()[:, rows].sum(1)
+    assert torch.equal(compact.per_row(code, rows), wanted_B)
+    assert bool(wanted_B.any())
+
+
+def test_a_slope_that_pushes_reaches_entries_that_are_off() -> None:
+    """Of these the encoder's gradient may not be left out, though their code is 0."""
+    sae, white_BD = built(JumpReLU, 9, 17, 33, 1.0, 1.0)
+    dense, ours = reference.encode(white_BD, sae), compact.encode(white_BD, sae)
+    assert ours is not None
+    compact.decode(ours, sae)
+    assert ours.index_BK is not None
+    off_BK = (ours.index_BK < 33) & (ours.gate_BK.detach() == 0)
+    (found_FD,) = torch.autograd.grad((ours.pre_BK * off_BK).sum(), sae.W_enc_FD)
+    (wanted_FD,) = torch.autograd.grad((dense.pre_BK * ours.scatter(off_BK.double())).sum(), sae.W_enc_FD)
+    assert bool(off_BK.any())
+    torch.testing.assert_close(found_FD, wanted_FD)
+
+
+@pytest.mark.parametrize("width", [40, (1 << 16) + 40])
+def test_entries_are_sorted_by_feature(width: int) -> None:
+    """By two ways, of which one has room for 16 bits alone."""
+    feature_N = torch.randint(width - 40, width, (500,), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(layout._order(feature_N, width), feature_N.argsort(stable=True))

@@ -1,13 +1,14 @@
 """The oracle itself: co-activation against every pair in turn, its gradient, its sampler, and matrix products."""
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from spalf.core.values import Code, Machine, White
-from spalf.kernels import reference
+from spalf.kernels import coherence, reference
 from spalf.nn import StratifiedAutoencoder
 from spalf.parts.activation import JumpReLU
 
@@ -69,12 +70,13 @@ def by_pairs(gate_BF: Tensor, w_FD: Tensor, rows: slice) -> tuple[list[Tensor], 
 @pytest.mark.parametrize("rows", [ALL, slice(0, 10), slice(10, F)])
 @pytest.mark.parametrize("direction", [same, stretched])
 @pytest.mark.parametrize("form", [lambda c: c, listed])
+@pytest.mark.parametrize("by", [reference, coherence])
 def test_coactivation_against_every_pair(
-    rows: slice, direction: Callable[[White], Tensor], form: Callable[[Code], Code]
+    rows: slice, direction: Callable[[White], Tensor], form: Callable[[Code], Code], by: ModuleType
 ) -> None:
     built, dense = sae(), code()
     sample_R = torch.tensor([*range(B), 7, 7, 0])
-    ours = reference.coactivation(form(dense), built, sample_R, rows, direction, torch.Generator())
+    ours = by.coactivation(form(dense), built, sample_R, rows, direction, torch.Generator())
     (gradient,) = torch.autograd.grad(ours, built.W_dec_FD)
     sums, counts = by_pairs(dense.gate_BK[sample_R], direction(White(built.W_dec_FD)), rows)
     means = [s / n for s, n in zip(sums, counts, strict=True) if n]
@@ -84,11 +86,12 @@ def test_coactivation_against_every_pair(
     assert torch.allclose(gradient, wanted, atol=1e-12)
 
 
-def test_coactivation_gradient_is_the_derived_one() -> None:
+@pytest.mark.parametrize("by", [reference, coherence])
+def test_coactivation_gradient_is_the_derived_one(by: ModuleType) -> None:
     """dJ_b / dM_b = 4 (M M' - I) M / (k (k - 1)), chained through the normalisation of the rows."""
     built, dense = sae(), code()
     sample_R = torch.tensor([20])
-    value = reference.coactivation(dense, built, sample_R, ALL, same, torch.Generator())
+    value = by.coactivation(dense, built, sample_R, ALL, same, torch.Generator())
     value.backward()
     on = dense.gate_BK[20].nonzero()[:, 0]
     w_KD = built.W_dec_FD.detach()[on]
@@ -102,9 +105,10 @@ def test_coactivation_gradient_is_the_derived_one() -> None:
 
 
 @pytest.mark.parametrize("form", [lambda c: c, listed])
-def test_rows_without_a_pair_give_zero_and_keep_a_graph(form: Callable[[Code], Code]) -> None:
+@pytest.mark.parametrize("by", [reference, coherence])
+def test_rows_without_a_pair_give_zero_and_keep_a_graph(form: Callable[[Code], Code], by: ModuleType) -> None:
     built = sae()
-    value = reference.coactivation(form(code()), built, torch.arange(6), ALL, same, torch.Generator())
+    value = by.coactivation(form(code()), built, torch.arange(6), ALL, same, torch.Generator())
     value.backward()
     assert float(value.detach()) == 0.0
     assert built.W_dec_FD.grad is not None
@@ -159,3 +163,10 @@ def test_products_are_as_before_after_a_block() -> None:
     with reference.tensor_cores("float32"):
         assert torch.get_float32_matmul_precision() == before
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_closed_gradient_is_that_of_finite_differences() -> None:
+    rows_UD = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    which_N, slot_N = torch.tensor([0, 1, 2, 1, 4, 3]), torch.tensor([0, 1, 2, 3, 4, 6])  # rows of 3, 2 and 1 features
+    k_R = torch.tensor([3, 2, 1])
+    assert torch.autograd.gradcheck(lambda x: coherence._Coherence.apply(x, which_N, slot_N, k_R, 3), rows_UD)

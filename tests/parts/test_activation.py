@@ -21,6 +21,7 @@ from spalf.parts.activation import (
     ReLU,
     TopK,
 )
+from spalf.parts.activation.entries import order_statistics
 from spalf.testing import conform
 
 CLASSES = (JumpReLU, JumpReLUMoreau)
@@ -314,3 +315,12 @@ def test_the_count_tested_on_the_code_presses_half_as_hard() -> None:
         activator(gaussian())[0].mean().backward()
         both.append(float(activator.log_threshold_F.grad))
     assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("n", [1, 7, 100])
+def test_order_statistics_are_those_of_a_sort(n: int) -> None:
+    x_CB = torch.randn(5, n, generator=torch.Generator().manual_seed(n)).round(decimals=1)
+    places = sorted({1, (n + 1) // 2, n})
+    ordered_CB = x_CB.sort(dim=1).values
+    for found_C, place in zip(order_statistics(x_CB, places), places, strict=True):
+        assert torch.equal(found_C, ordered_CB[:, place - 1])

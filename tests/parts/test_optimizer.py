@@ -12,6 +12,7 @@ from spalf.core.slots import label
 from spalf.core.values import Clock, Facts
 from spalf.errors import ComponentError, RecipeError
 from spalf.parts.optimizer import Adam, Adamw, Muon, Sgd
+from spalf.parts.optimizer.adam import OneCall
 from spalf.parts.schedule import Constant
 from spalf.testing import conform, example
 from spalf.testing.optimizer import PlainOps, checks, learner, loss_of, run
@@ -50,6 +51,27 @@ def test_adam_fused_is_adam_plain() -> None:
     fused, plain = learner(example(Adam, lr=0.01)), learner(example(Adam, lr=0.01, fused=False))
     torch.testing.assert_close(run(fused, 0, 50), run(plain, 0, 50), rtol=1e-6, atol=0)
     assert fused.optimizer.param_groups[0]["fused"] is True
+
+
+def test_one_call_for_all_parameters_is_torchs_own_adam() -> None:
+    """Bit for bit, with two rates, a parameter without a gradient, and after a rate has changed."""
+    first = [torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 32), (64,), (), (3,))]
+    second = [torch.nn.Parameter(p.detach().clone()) for p in first]
+    found = OneCall([{"params": [p], "lr": 0.1 / (1 + i // 2)} for i, p in enumerate(first)], lr=1.0, fused=True)
+    known = torch.optim.Adam([{"params": [p], "lr": 0.1 / (1 + i // 2)} for i, p in enumerate(second)], fused=True)
+    for step in range(5):
+        for p, q in zip(first[:3], second[:3], strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for made in (found, known):
+            made.param_groups[0]["lr"] = 0.1 / (1 + step)
+            made.step()
+    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
+    one, two = (made.state_dict()["state"] for made in (found, known))
+    assert one.keys() == two.keys() == {0, 1, 2}
+    assert all(torch.equal(one[i][k], two[i][k]) for i in one for k in ("step", "exp_avg", "exp_avg_sq"))
+    found.zero_grad()
+    assert all(p.grad is None for p in first)
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)

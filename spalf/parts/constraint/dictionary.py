@@ -16,6 +16,7 @@ from spalf.core.slots import constraint
 from spalf.core.state import Anchor
 from spalf.core.values import Code, View
 from spalf.errors import Problem, RecipeError, RunError
+from spalf.kernels.compact import per_row
 
 # Anchors in whitened coordinates, by anchor: an [A, D] x [D, D] product that never changes, for anchors are made after
 # the metric is fitted.
@@ -80,11 +81,7 @@ class Drift:
 
 def _pairs_B(code: Code, rows: slice) -> Tensor:
     """k_b (k_b - 1) per row, k_b being its active features within `rows`."""
-    gate_BK = code.gate_BK.detach()
-    if code.index_BK is None:
-        k_B = gate_BK[:, rows].sum(-1)
-    else:
-        k_B = (gate_BK * ((code.index_BK >= rows.start) & (code.index_BK < rows.stop))).sum(-1)
+    k_B = per_row(code, rows)
     return k_B * (k_B - 1)
 
 
