@@ -5,6 +5,7 @@ Shape letters: F rows of this stratum, D d_model, V vocabulary, A anchors.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,9 @@ from spalf.errors import ComponentError, Problem, RecipeError, SourceError
 
 CONTEXTS = 64
 """Contexts per pass of the model while mean activations are taken."""
+
+CHUNK = 8192
+"""Rows of a block that are widened to float32 at a time."""
 
 PER_ANCHOR = 200
 """Tokens sampled for each anchor: the rarest of 4,096 in a text of 24 M tokens occurs 28 times then."""
@@ -46,6 +50,9 @@ class Anchored:
     """What a token's direction is."""
     samples: int = field(default=0, validator=ge(0))
     """Tokens that mean activations are taken over; 0: 200 for each anchor."""
+    sampled: str = field(default="contexts", validator=in_(("contexts", "block")))
+    """Where those tokens come from: "contexts" that are read for them, or all of the shuffled "block" that calibration
+    has ended in, `samples` or not, which takes no further pass of the model."""
 
     def settle(self, plan: Plan) -> Anchored:
         """With the cap and the samples filled in."""
@@ -82,17 +89,13 @@ class Anchored:
 
     @torch.no_grad()
     def _means(self, stream: Stream, rows: int) -> Anchor:
-        """Mean activation of each token less that of all, over `samples` tokens with a context before them."""
+        """Mean activation of each token less that of all, over tokens with a context before them."""
         vocabulary, seen = stream.facts.n_vocab, 0
         sum_VD, count_V = None, None
-        while seen < (self.samples or PER_ANCHOR * rows):
-            sequences = stream.sequences(CONTEXTS)
-            x_ND = stream.activations(sequences)[:, 1:].reshape(-1, stream.facts.d_model).float()
-            id_N, real_N = sequences.tokens_ST[:, 1:].reshape(-1), sequences.real_ST[:, 1:].reshape(-1)
+        for x_ND, id_N in self._block(stream) if self.sampled == "block" else self._contexts(stream, rows):
             if sum_VD is None or count_V is None:
                 sum_VD = x_ND.new_zeros(vocabulary + 1, x_ND.shape[1])
                 count_V = x_ND.new_zeros(vocabulary + 1)
-            id_N = torch.where(real_N, id_N, vocabulary)
             sum_VD.index_add_(0, id_N, x_ND)
             count_V.index_add_(0, id_N, torch.ones_like(x_ND[:, 0]))
             seen += id_N.numel()
@@ -108,6 +111,26 @@ class Anchored:
         ids_A = torch.sort(count_V, descending=True, stable=True).indices[:rows]
         mean_AD = sum_VD[ids_A] / count_V[ids_A, None] - sum_VD.sum(0) / count_V.sum()
         return Anchor(directions_AD=Raw(normalize(mean_AD, dim=1)), ids_A=ids_A)
+
+    def _contexts(self, stream: Stream, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Activations and token ids, the vocabulary's size at padding, of `samples` tokens or a few more."""
+        seen = 0
+        while seen < (self.samples or PER_ANCHOR * rows):
+            sequences = stream.sequences(CONTEXTS)
+            x_ND = stream.activations(sequences)[:, 1:].reshape(-1, stream.facts.d_model).float()
+            id_N, real_N = sequences.tokens_ST[:, 1:].reshape(-1), sequences.real_ST[:, 1:].reshape(-1)
+            yield x_ND, torch.where(real_N, id_N, stream.facts.n_vocab)
+            seen += id_N.numel()
+
+    @staticmethod
+    def _block(stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
+        """Activations and token ids of the shuffled block. Raises SourceError where a source does not know them."""
+        read = getattr(stream, "block", None)
+        if read is None:
+            raise SourceError('stratum: this source keeps no tokens beside its block (set sampled = "contexts")')
+        x_ND, id_N = read()
+        for begin in range(0, len(id_N), CHUNK):
+            yield x_ND[begin : begin + CHUNK].float(), id_N[begin : begin + CHUNK]
 
     def _unembedded(self, stream: Stream, rows: int) -> Anchor:
         """Unit unembedding rows [A, D] of the `rows` most frequent tokens, without the mean row of the vocabulary.

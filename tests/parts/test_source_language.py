@@ -10,7 +10,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from spalf.core.values import Raw
+from spalf.core.values import Raw, Sequences
 from spalf.engine import language
 from spalf.errors import SourceError
 from spalf.parts.source import Huggingface, TransformerLens, checkpoint
@@ -107,6 +107,28 @@ def test_the_hook_is_the_residual_stream_after_its_block(family: str, home: Path
             states = model(input_ids=s.tokens_ST, output_hidden_states=True, use_cache=False).hidden_states
         assert torch.equal(stream.activations(s), states[layer + 1])
         assert not torch.allclose(stream.activations(s), states[layer], atol=1e-3), "the block changes nothing"
+
+
+@pytest.mark.parametrize("before", [0, 30, 75])
+def test_the_block_is_in_the_order_of_the_text_with_its_tokens(neox: str, text: str, before: int) -> None:
+    """In the first block and in the second; to look at it moves no cursor."""
+    source = Huggingface(**options(neox, text), layer=1)
+    stream, other = opened(source), opened(source)
+    for each in (stream, other):
+        if before:
+            each.next(before)
+    x_ND, id_N = stream.block()
+    assert x_ND.shape == (44, 16)  # four contexts of eleven rows
+    tokens_ST = torch.cat([torch.zeros(4, 1, dtype=torch.int64), id_N.view(4, 11)], dim=1)
+    for first in range(272):  # position 0 has no row, and is found by trying
+        tokens_ST[0, 0] = first
+        sequences = Sequences(tokens_ST=tokens_ST[:1], real_ST=torch.ones(1, 12, dtype=torch.bool))
+        if torch.allclose(stream.activations(sequences)[0, 1:], x_ND[:11], atol=1e-5):
+            break
+    else:
+        pytest.fail("no first token gives these rows")
+    assert stream.state_dict() == other.state_dict()
+    assert torch.equal(stream.next(60).x_BD, other.next(60).x_BD)
 
 
 def test_after_the_last_block_the_final_norm_has_not_run(neox: str, text: str) -> None:

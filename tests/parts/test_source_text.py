@@ -2,6 +2,9 @@
 
 import json
 import sysconfig
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -343,6 +346,37 @@ def test_no_more_ids_are_remembered_than_there_is_room_for(monkeypatch: pytest.M
     for _ in range(2):
         assert [ids.tolist() for ids in vocabulary.encode(documents_of("abc", "de", "f"))] == [[1, 2, 3], [4, 5], [6]]
     assert letters.asked == ["abc", "de", "f", "de"]
+
+
+@pytest.mark.parametrize(("tokens", "wanted"), [(1, ["ab"]), (4, ["ab", "c", "de"]), (100, ["ab", "c", "de", "f"])])
+def test_texts_are_encoded_on_the_side_up_to_so_many_ids(tokens: int, wanted: list[str]) -> None:
+    """A group of texts at a time: of one, of two, of four."""
+    letters = Letters()
+    vocabulary = Vocabulary(tokenizer=letters, size=100, end_of_text=0, begin=None)
+    is_read = threading.Event()
+
+    def read() -> Iterator[Document]:
+        yield from documents_of("ab", "c", "de", "f")
+        is_read.set()
+
+    with vocabulary.encoding(read(), tokens):
+        if tokens == 100:
+            assert is_read.wait(10)
+        else:
+            deadline = time.monotonic() + 10
+            while letters.asked != wanted and time.monotonic() < deadline:
+                time.sleep(0.001)
+    assert letters.asked == wanted
+    vocabulary.encode(documents_of("ab"))
+    assert letters.asked == wanted
+
+
+def test_a_text_that_cannot_be_encoded_on_the_side_is_told_of_by_its_reader() -> None:
+    vocabulary = Vocabulary(tokenizer=Letters(), size=3, end_of_text=0, begin=None)
+    with vocabulary.encoding(documents_of("ab", "z"), 100):
+        pass
+    with pytest.raises(SourceError, match="token id 26"):
+        vocabulary.encode(documents_of("z"))
 
 
 # ------------------------------------------------------------------------------------------------ passes of the model

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spalf.core.built import Stream
 from spalf.core.recipe import Knobs, Plan
 from spalf.core.values import Clock, Facts, Raw, Sequences, White
 from spalf.errors import ComponentError, RecipeError, SourceError
@@ -161,6 +162,29 @@ def test_mean_activations_are_taken_over_as_many_tokens_as_asked() -> None:
         SourceError, match=r"4 tokens occur in a sample of 10, 5 anchors .*cap to 4 or less, or raise its samples"
     ):
         Anchored(of="activation", samples=10).anchor(stream.stream(), 5)
+
+
+def test_mean_activations_of_the_block_ask_for_no_context() -> None:
+    """All of its rows count, in the block's precision, whatever `samples` says."""
+
+    class Block(Contexts):
+        def block(self) -> tuple[Raw, Tensor]:
+            id_N = self.tokens_ST.repeat(4000, 1).flatten()  # more than are widened at a time
+            return Raw((id_N[:, None] * torch.eye(V)[id_N][:, :D] + 7.0).bfloat16()), id_N
+
+    stream = Block(torch.tensor([[1, 1, 2, 3]]))
+    anchor = Anchored(of="activation", samples=1, sampled="block").anchor(cast(Stream, stream), 2)
+    assert anchor.ids_A.tolist() == [1, 2]
+    assert stream.asked == 0
+    raw_VD = (torch.arange(V)[:, None] * torch.eye(V)[:, :D]).float()
+    mean_D = (2 * raw_VD[1] + raw_VD[2] + raw_VD[3]) / 4
+    wanted_AD = torch.nn.functional.normalize(raw_VD[[1, 2]] - mean_D, dim=1)
+    torch.testing.assert_close(anchor.directions_AD, Raw(wanted_AD), rtol=1e-2, atol=1e-2)
+
+
+def test_a_source_without_tokens_beside_its_block_is_told_of_contexts() -> None:
+    with pytest.raises(SourceError, match=r'no tokens beside its block .*sampled = "contexts"'):
+        Anchored(of="activation", sampled="block").anchor(cast(Stream, SimpleNamespace(facts=FACTS)), 2)
 
 
 def test_mean_activations_need_tokens_and_no_unembedding() -> None:

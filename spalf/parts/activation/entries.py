@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +23,15 @@ def listed(value_F: Tensor, index_BK: Tensor | None, padding: float) -> Tensor:
         return padded[index_BK]
     # The same numbers, several times as fast on a CPU.
     return padded.index_select(0, index_BK.reshape(-1)).view(index_BK.shape)
+
+
+def order_statistics(x_CB: Tensor, places: Sequence[int]) -> list[Tensor]:
+    """The smallest number of each row [C], the second smallest, ...: those of `places`, counted from 1."""
+    if x_CB.device.type != "cpu":
+        return [x_CB.kthvalue(k, dim=1).values for k in places]
+    # The same numbers, at less than half the time for two of them.
+    ordered_CB = torch.from_numpy(np.partition(x_CB.numpy(), [k - 1 for k in places], axis=1))
+    return [ordered_CB[:, k - 1].clone() for k in places]
 
 
 def upper_quantiles(pre_BC: Tensor, density: float) -> Tensor:

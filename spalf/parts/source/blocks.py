@@ -176,6 +176,14 @@ class Blocks:
         self._harvest_ahead()
         return Raw(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
 
+    def present(self) -> tuple[Tensor, Mapping[str, Any]]:
+        """The block that is being served, its rows as the supply gave them, and the supply's cursor where it began.
+
+        In `dtype`, not a copy. Harvests it where that has not been done; moves no cursor.
+        """
+        fill = self._present = self._present or self._harvest()
+        return fill.slot.rows_ND[: fill.filled], fill.start
+
     def _leave(self, fill: _Fill) -> None:
         self._verify(fill)
         self._block, self._offset, self._present = self._block + 1, 0, None

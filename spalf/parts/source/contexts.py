@@ -6,7 +6,9 @@ Shapes: S contexts, T positions.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -66,6 +68,33 @@ class Vocabulary:
                 self._memory[key] = ids.astype(np.int32)
                 room -= len(ids)
         return [fresh[key] if key in fresh else self._memory[key].astype(np.int64) for key in keys]
+
+    @contextmanager
+    def encoding(self, documents: Iterable[Document], tokens: int) -> Iterator[None]:
+        """Inside the block, a thread of its own encodes documents, in order, until `tokens` ids are remembered.
+
+        The tokenizer works without the interpreter's lock, so it costs little to whoever imports and loads meanwhile.
+        What is not done by the end of the block is left; the block may not use the vocabulary itself.
+        """
+        is_over = threading.Event()
+
+        def work() -> None:
+            found = 0
+            try:
+                for batch in _batches(iter(documents)):
+                    found += sum(map(len, self.encode(batch)))
+                    if found >= tokens or is_over.is_set():
+                        return
+            except Exception:
+                return  # whoever reads the text meets it again, and tells
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
 
     def document(self, text: str) -> Tensor:
         """Ids [T] of one text behind the id that it would begin behind in a context, on the CPU."""

@@ -126,5 +126,6 @@ class Huggingface(LanguageOptions):
         """Reads a context of both splits, then loads the model. Raises SourceError where it or the text is unusable."""
         facts, vocabulary = self.prepare(self.facts, seed)
         attention = None if self.attention == "auto" else self.attention
-        loaded = checkpoint.load_model(self.model, self.revision, self.torch_dtype(), device, attention)
+        with self.reading(vocabulary, seed):
+            loaded = checkpoint.load_model(self.model, self.revision, self.torch_dtype(), device, attention)
         return LanguageStream(self, facts, ResidualModel(loaded, self.layer), vocabulary, seed=seed, device=device)

@@ -74,6 +74,14 @@ class _Supply:
                 break
         return done * per_context
 
+    def ids(self, start: Mapping[str, Any], rows: int) -> Tensor:
+        """The token id of each of the `rows` rows behind a cursor, int64 on the CPU; the own cursor stays."""
+        here = self.state_dict()
+        self.load_state_dict(start)
+        tokens_ST = self._contexts.take(rows // (self._contexts.length - self._skip))
+        self.load_state_dict(here)
+        return tokens_ST[:, self._skip :].flatten()
+
     def state_dict(self) -> dict[str, Any]:
         return self._contexts.state_dict()
 
@@ -154,6 +162,13 @@ class LanguageStream:
 
         wanted = None if patch is None else patched
         return self._model.logits(sequences.tokens_ST, _mask(sequences), wanted)
+
+    def block(self) -> tuple[Raw, Tensor]:
+        """All rows of the present shuffled block [N, D], in the order of the text and in the block's dtype, and the
+        token id of each [N]. Takes no pass of the model of its own, and moves no cursor.
+        """
+        rows_ND, start = self._blocks.present()
+        return Raw(rows_ND), sent(self._supply.ids(start, len(rows_ND)), self._device)
 
     def unembedding(self) -> Raw:
         W_VD = self._model.unembedding()

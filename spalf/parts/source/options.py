@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar, cast, dataclass_transform
 
 import attrs
@@ -14,7 +15,7 @@ from spalf.core.values import Facts
 from spalf.errors import SourceError
 from spalf.parts.source import checkpoint
 from spalf.parts.source.blocks import HELD_OUT_ROWS, derive_seed
-from spalf.parts.source.contexts import Contexts, Vocabulary
+from spalf.parts.source.contexts import REMEMBERED, Contexts, Vocabulary
 from spalf.parts.source.documents import Documents, Keep, exactly_one, is_held_out, open_documents
 
 C = TypeVar("C")
@@ -175,6 +176,14 @@ class LanguageOptions:
         """A split's contexts from the start, in this seed's order."""
         documents, keep = self.documents(seed, vocabulary.end_of_text, held_out)
         return Contexts(documents, vocabulary, length=self.context, keep=keep, repeat=repeat)
+
+    def reading(self, vocabulary: Vocabulary, seed: int) -> AbstractContextManager[None]:
+        """A block in which the first pool of local text is tokenised on the side: to be spent on loading the model."""
+        if not self.text or vocabulary.tokenizer is None:
+            return nullcontext()
+        documents, keep = self.documents(derive_seed(seed, "rows"), vocabulary.end_of_text, held_out=False)
+        wanted = (d for d in documents.read(0, 0, 0) if keep(d.key))
+        return vocabulary.encoding(wanted, min(self.pool * self.context, REMEMBERED))
 
     def readable(self, vocabulary: Vocabulary, seed: int) -> None:
         """Reads the first context of both splits, and little more. Raises SourceError where a split has none."""

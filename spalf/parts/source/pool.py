@@ -67,8 +67,11 @@ class Pool:
         return {"pool": self._pool, "offset": self._offset, **under("start", self._start)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a cursor; the pool is read again when a context of it is asked for."""
+        """Go to a cursor; the pool is read again when a context of it is asked for, unless it is the one in hand."""
         start = below("start", state)
+        if self._held is not None and (int(state["pool"]), start) == (self._pool, self._start):
+            self._offset = int(state["offset"])
+            return
         self._contexts.load_state_dict(start)
         self._pool, self._offset = int(state["pool"]), int(state["offset"])
         self._start, self._held = start, None

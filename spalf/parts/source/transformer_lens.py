@@ -111,7 +111,8 @@ class TransformerLens(LanguageOptions):
     def open(self, seed: int, device: torch.device) -> Stream:
         """Reads a context of both splits, loads the model and tries the hook on two tokens. Raises SourceError."""
         facts, vocabulary = self.prepare(self.facts, seed)
-        loaded = checkpoint.load_model(self.model, self.revision, self.torch_dtype(), device)
+        with self.reading(vocabulary, seed):
+            loaded = checkpoint.load_model(self.model, self.revision, self.torch_dtype(), device)
         model = BridgeModel(loaded, vocabulary.tokenizer, self.hook, self.model, device)
         probe_ST = torch.full((1, 2), vocabulary.end_of_text, device=device)
         width = model.activations(probe_ST, None).shape[-1]
