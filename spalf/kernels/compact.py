@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from spalf.core.protocols import Autoencoder
 from spalf.core.values import Code, White
+from spalf.kernels import screen
 from spalf.kernels.layout import Layout, layout_of_lists, layout_of_places, places
 
 # Entries of the pre-activation held at once: 32 MiB of float32 stay near the cache, and the product is still large.
@@ -121,6 +122,15 @@ def _greater(pre_CF: Tensor, reach_F: Tensor) -> Tensor:
     return torch.from_numpy(np.greater(pre_CF.numpy(), reach_F.numpy()))
 
 
+def _screened(block_CD: Tensor, weight_FD: Tensor, bias_F: Tensor, reach_F: Tensor) -> tuple[Tensor, Tensor]:
+    """(flat_N, pre_N) as `_scan` gives of one block: what may be above reach is found in bfloat16, then computed."""
+    flat_N = screen.candidates(block_CD, weight_FD, reach_F - bias_F)
+    layout, _ = layout_of_places(flat_N, block_CD.shape[0], weight_FD.shape[0])
+    pre_N = layout.dots(block_CD, weight_FD).add_(bias_F.index_select(0, layout.feature_N))
+    kept_N = places(pre_N > reach_F.index_select(0, layout.feature_N))
+    return flat_N.index_select(0, kept_N), pre_N.index_select(0, kept_N)
+
+
 def _scan(
     white_BD: Tensor, weight_FD: Tensor, bias_F: Tensor, reach_F: Tensor, limit: float
 ) -> tuple[Tensor, Tensor] | None:
@@ -135,12 +145,16 @@ def _scan(
     found = 0
     for start in range(0, rows, step):
         block_CD = white_BD[start : start + step]
-        pre_CF = torch.addmm(bias_F, block_CD, weight_FD.T, out=buffer_CF[: block_CD.shape[0]])
-        flat_N = places(_greater(pre_CF, reach_F))
+        if screen.pays(block_CD, weight_FD):
+            flat_N, pre_N = _screened(block_CD, weight_FD, bias_F, reach_F)
+        else:
+            pre_CF = torch.addmm(bias_F, block_CD, weight_FD.T, out=buffer_CF[: block_CD.shape[0]])
+            flat_N = places(_greater(pre_CF, reach_F))
+            pre_N = pre_CF.view(-1).index_select(0, flat_N)
         found += flat_N.shape[0]
         if found > limit * (start + block_CD.shape[0]):
             return None
-        parts.append((flat_N + start * width, pre_CF.view(-1).index_select(0, flat_N)))
+        parts.append((flat_N + start * width if start else flat_N, pre_N))
     if not parts:
         return torch.zeros(0, dtype=torch.int64, device=white_BD.device), white_BD.new_zeros(0)
     if len(parts) == 1:

@@ -47,6 +47,20 @@ def _sampled() -> Callable[..., Tensor]:
     return found
 
 
+def csr_places(starts_B: Tensor, feature_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Entries sorted by row as `dots` wants them: bounds of the rows, and columns, in 32 bits."""
+    ends = starts_B.new_full((1,), feature_N.shape[0])
+    return torch.cat([starts_B, ends]).int(), feature_N.int()
+
+
+def dots(csr: tuple[Tensor, Tensor], x_BD: Tensor, weight_FD: Tensor) -> Tensor:
+    """<x_b, weight_f> at the places of `csr_places`, [N]. On a CPU; takes no gradient."""
+    shape, none_N = (x_BD.shape[0], weight_FD.shape[0]), x_BD.new_zeros(csr[1].shape[0])
+    sampled = _sampled()
+    wanted = torch.sparse_csr_tensor(*csr, none_N, shape, check_invariants=False)
+    return sampled(wanted, x_BD, weight_FD.T, beta=0.0).values()
+
+
 def _order(feature_N: Tensor, width: int) -> Tensor:
     """The stable order by feature. On a CPU numbers of 16 bits are sorted by their digits, in a tenth of the time."""
     if feature_N.is_cuda or width > 1 << 16:
@@ -107,12 +121,8 @@ class Layout:
             )
             return out
         if self._places is None:
-            ends = self.starts_B.new_full((1,), self.feature_N.shape[0])
-            self._places = torch.cat([self.starts_B, ends]).int(), self.feature_N.int()
-        shape = grad_BD.shape[0], weight_FD.shape[0]
-        sampled, none_N = _sampled(), grad_BD.new_zeros(self.feature_N.shape[0])
-        wanted = torch.sparse_csr_tensor(*self._places, none_N, shape, check_invariants=False)
-        return sampled(wanted, grad_BD, weight_FD.T, beta=0.0).values()
+            self._places = csr_places(self.starts_B, self.feature_N)
+        return dots(self._places, grad_BD, weight_FD)
 
     def among(self, value_BK: Tensor, index_BK: Tensor) -> Layout:
         """Of the entries of these lists whose value is not 0: most of a surrogate's window never has one."""
