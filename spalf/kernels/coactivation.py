@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from spalf.core.values import White
-from spalf.kernels.update import Pull, Shares
+from spalf.kernels import device
+from spalf.kernels.update import Away, Pull, Shares, row_block
 
 GRAM = 64
 """Most active features of a row that its Gram matrix holds."""
@@ -80,19 +81,31 @@ class _Distance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_FD: Tensor, target_AD: Tensor, rows: slice, shares: Shares) -> Tensor:
         ctx.save_for_backward(weight_FD, target_AD)
-        ctx.rows, ctx.shares = rows, shares
-        pairs = zip(torch.split(weight_FD[rows], 8192), torch.split(target_AD, 8192), strict=True)
-        return torch.stack([torch.nn.functional.mse_loss(w, t, reduction="sum") for w, t in pairs]).sum()
+        ctx.rows, ctx.shares, ctx.away_A = rows, shares, _away(weight_FD, target_AD, rows, shares)
+        total: Tensor = ctx.away_A.sum()
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight_FD, target_AD = ctx.saved_tensors
         if ctx.shares.open and ctx.shares.pull is None:
-            ctx.shares.pull = Pull(rows=ctx.rows, target_AD=target_AD, strength=2 * grads[0])
+            ctx.shares.pull = Pull(rows=ctx.rows, target_AD=target_AD, strength=2 * grads[0], away_A=ctx.away_A)
             return None, None, None, None
         out_FD = torch.zeros_like(weight_FD)
         out_FD[ctx.rows] = 2 * grads[0] * (weight_FD[ctx.rows] - target_AD)
         return out_FD, None, None, None
+
+
+def _away(weight_FD: Tensor, target_AD: Tensor, rows: slice, shares: Shares) -> Tensor:
+    """Each row's squared distance: what the last update left, or one pass over the rows where somebody else wrote."""
+    key = Away.key(weight_FD, target_AD, rows)
+    if shares.away is None or shares.away.of != key:
+        away_A = torch.empty(target_AD.shape[0], device=weight_FD.device)
+        device.square_distances[away_A.shape](
+            weight_FD, target_AD, away_A, rows.start, weight_FD.shape[1], **row_block(weight_FD.shape[1])
+        )
+        shares.away = Away(key, target_AD, away_A)
+    return shares.away.away_A
 
 
 def distance(weight_FD: Tensor, target_AD: Tensor, rows: slice, shares: Shares) -> Tensor:

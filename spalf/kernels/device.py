@@ -12,24 +12,27 @@ import triton.language as tl
 
 
 @triton.jit
-def compact_columns(product, bias, reach, index, value, count, columns, first, capacity, BLOCK: tl.constexpr):
+def compact_columns(product, bias, reach, cut, index, value, count, columns, first, capacity, BLOCK: tl.constexpr):
     """Append the entries of a block of columns that exceed `reach` to the list of each row; ascending, hence the same
-    list in every run. `count` goes on beyond `capacity`, so that a list that was too short is known."""
+    list in every run. `count` goes on beyond `capacity`, so that a list that was too short is known.
+
+    `cut` is at or below reach - bias: where no product of a block exceeds that, and in most none does, there is nothing
+    to look at.
+    """
     row = tl.program_id(0).to(tl.int64)
     base = tl.load(count + row)
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < columns
         p = tl.load(product + row * columns + at, mask=inside, other=-float("inf"))
-        p += tl.load(bias + first + at, mask=inside, other=0.0)
-        keep = (p > tl.load(reach + first + at, mask=inside, other=float("inf"))) & inside
-        found = tl.sum(keep.to(tl.int32), axis=0)
-        if found > 0:
+        if tl.max((p > tl.load(cut + first + at, mask=inside, other=float("inf"))).to(tl.int32), axis=0) > 0:
+            p += tl.load(bias + first + at, mask=inside, other=0.0)
+            keep = (p > tl.load(reach + first + at, mask=inside, other=float("inf"))) & inside
             place = base + tl.cumsum(keep.to(tl.int32), axis=0) - 1
             fits = keep & (place < capacity)
             tl.store(index + row * capacity + place, (first + at).to(tl.int64), mask=fits)
             tl.store(value + row * capacity + place, p, mask=fits)
-            base += found
+            base += tl.sum(keep.to(tl.int32), axis=0)
     tl.store(count + row, base)
 
 
@@ -56,22 +59,23 @@ def gather_sum(index, z, count, weight, out, capacity, dim, BLOCK_K: tl.constexp
 
 
 @triton.jit
-def gather_dots(index, count, grad, weight, out, capacity, dim, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out[b, k] = <grad[b], weight[index[b, k]]> for every listed entry; what lies beyond a list is left alone."""
+def gather_dots(index, count, grad, weight, out, rows, capacity, dim, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out[s, b, k] = <grad[b], weight[index[b, k]]> over slice s of the columns, 0 beyond a list.
+
+    Slices apart, so that their sum has one order; rows are the fast axis of the grid, as in `gather_sum`.
+    """
     row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = at < dim
     listed = tl.minimum(tl.load(count + row), capacity)
-    for start in range(0, listed, BLOCK_K):
+    g = tl.load(grad + row * dim + at, mask=inside, other=0.0).to(tl.float32)
+    here_out = out + (tl.program_id(1).to(tl.int64) * rows + row) * capacity
+    for start in range(0, capacity, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         here = k < listed
         f = tl.load(index + row * capacity + k, mask=here, other=0)
-        acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
-        for first in range(0, dim, BLOCK_D):
-            at = first + tl.arange(0, BLOCK_D)
-            inside = at < dim
-            g = tl.load(grad + row * dim + at, mask=inside, other=0.0).to(tl.float32)
-            w = tl.load(weight + f[:, None] * dim + at[None, :], mask=here[:, None] & inside[None, :], other=0.0)
-            acc += w.to(tl.float32) * g[None, :]
-        tl.store(out + row * capacity + k, tl.sum(acc, axis=1), mask=here)
+        w = tl.load(weight + f[:, None] * dim + at[None, :], mask=here[:, None] & inside[None, :], other=0.0)
+        tl.store(here_out + k, tl.sum(w.to(tl.float32) * g[None, :], axis=1), mask=k < capacity)
 
 
 @triton.jit
@@ -125,14 +129,12 @@ def _rounded(x, bits):
 
 
 @triton.jit
-def _adam(w, g, moment1, moment2, here, mask, hyper, SHORT: tl.constexpr):
+def _adam(w, g, m, v, moment1, moment2, here, mask, hyper, SHORT: tl.constexpr):
     """The row after one Adam step; `hyper`: rate, beta1, beta2, eps, 1 - beta1^t, sqrt(1 - beta2^t), t.
 
     With `SHORT` the moments are kept in bfloat16, rounded at random.
     """
     beta1, beta2 = tl.load(hyper + 1), tl.load(hyper + 2)
-    m = tl.load(moment1 + here, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    v = tl.load(moment2 + here, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     m = m + (g - m) * (1.0 - beta1)
     v = beta2 * v + (1.0 - beta2) * g * g
     if SHORT:
@@ -167,7 +169,7 @@ def count_step(step, skip, rate, out, BETA1: tl.constexpr, BETA2: tl.constexpr, 
 # fmt: off
 @triton.jit
 def update_rows(
-    order, starts, row, scale, source, weight, moment1, moment2, low, more, sums, sphere, target, strength,
+    order, starts, row, scale, source, weight, moment1, moment2, low, more, sums, sphere, target, strength, away,
     first, last, hyper, skip, dim,
     MORE: tl.constexpr, LOW: tl.constexpr, SHORT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
@@ -175,8 +177,9 @@ def update_rows(
     """One feature's row of one matrix: gradient, its projection, Adam, norm and low-precision copy, in one pass.
 
     The gradient is the sum of scale[n] source[row[n]] over the feature's entries; no gradient matrix exists. `more` is
-    added to it, and rows first to last are pulled to `target`: strength (row - target). `sphere` names the rows that
-    are kept at unit norm, `sums` takes each feature's sum of `scale`. Nothing is written where `skip` is not 0.
+    added to it, and rows first to last are pulled to `target`: strength (row - target); `away` takes the squared
+    distance that is left. `sphere` names the rows that are kept at unit norm, `sums` takes each feature's sum of
+    `scale`. Nothing is written where `skip` is not 0.
 
     What is read and written once goes first from the cache, so that the rows of `source`, read many times, stay.
     """
@@ -185,22 +188,40 @@ def update_rows(
         at = tl.arange(0, BLOCK_D)
         inside = at < dim
         here = f * dim + at
+        # Asked for first: they arrive while the entries are followed, one load after the other, to their rows.
+        w = tl.load(weight + here, mask=inside, other=0.0, eviction_policy="evict_first")
+        m = tl.load(moment1 + here, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        v = tl.load(moment2 + here, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         begin, end = tl.load(starts + f), tl.load(starts + f + 1)
         g, total = _gradient(begin, end, row, scale, source, dim, at, inside, BLOCK_N, BLOCK_D)
         tl.store(sums + f, total)
-        w = tl.load(weight + here, mask=inside, other=0.0, eviction_policy="evict_first")
         if MORE:
             g += tl.load(more + here, mask=inside, other=0.0)
-        if (f >= first) & (f < last):
+        near = (f >= first) & (f < last)
+        if near:
             t = tl.load(target + (f - first) * dim + at, mask=inside, other=0.0).to(tl.float32)
             g += tl.load(strength) * (w - t)
         on_sphere = tl.load(sphere + f) != 0
         if on_sphere:
             # g <- g - w (w'g) / (w'w)
             g -= w * (tl.sum(w * g, axis=0) / tl.maximum(tl.sum(w * w, axis=0), 1.1754944e-38))
-        w = _adam(w, g, moment1, moment2, here, inside, hyper, SHORT)
+        w = _adam(w, g, m, v, moment1, moment2, here, inside, hyper, SHORT)
         if on_sphere:
             w = w / tl.maximum(tl.sqrt(tl.sum(w * w, axis=0)), 1.1754944e-38)
         tl.store(weight + here, w, mask=inside, eviction_policy="evict_first")
         if LOW:
             tl.store(low + here, w.to(tl.bfloat16), mask=inside, eviction_policy="evict_first")
+        if near:
+            t = tl.load(target + (f - first) * dim + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(away + f - first, tl.sum((w - t) * (w - t), axis=0))
+
+
+@triton.jit
+def square_distances(weight, target, away, first, dim, BLOCK_D: tl.constexpr):
+    """away[a] = ||weight[first + a] - target[a]||^2, the same bits as `update_rows` leaves there."""
+    a = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK_D)
+    inside = at < dim
+    w = tl.load(weight + (first + a) * dim + at, mask=inside, other=0.0)
+    t = tl.load(target + a * dim + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(away + a, tl.sum((w - t) * (w - t), axis=0))

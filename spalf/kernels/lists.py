@@ -18,6 +18,9 @@ from spalf.kernels.reference import matmul
 COLUMNS = 4096
 """Features per block of pre-activations: what a block's scan reads still lies in the cache, most of it."""
 
+_ROUNDING = 2.0**-20
+"""Several times what float32 rounds a sum or a difference of two numbers by, relative to their size."""
+
 SCAN, SCAN_WARPS = 256, 1
 """Entries of a row that a program of so many warps tests at once: within one warp a running count needs no barrier."""
 
@@ -49,6 +52,8 @@ def scan(
     pre_BK = torch.zeros((rows, capacity), device=at)
     count_B = torch.zeros(rows, dtype=torch.int32, device=at)
     bias_F, reach_F = bias_F.float().contiguous(), reach_F.float().contiguous()
+    cut_F = reach_F - bias_F
+    cut_F -= _ROUNDING * (reach_F.abs() + bias_F.abs())  # a sum that rounds to above `reach` is not to be missed
     if compute == "bfloat16":
         white_BD = white_BD.bfloat16()  # once, not in every block
     for first in range(0, width, COLUMNS):
@@ -58,6 +63,7 @@ def scan(
             pre_BC,
             bias_F,
             reach_F,
+            cut_F,
             index_BK,
             pre_BK,
             count_B,
@@ -86,12 +92,14 @@ def gather_sum(index_BK: Tensor, z_BK: Tensor, count_B: Tensor, weight_FD: Tenso
 def gather_dots(index_BK: Tensor, count_B: Tensor, grad_BD: Tensor, weight_FD: Tensor) -> Tensor:
     """out[b, k] = <grad[b], weight[index[b, k]]>, [B, K] float32, 0 at padding."""
     (rows, capacity), dim = index_BK.shape, weight_FD.shape[1]
-    out_BK = torch.zeros((rows, capacity), device=grad_BD.device)
-    block = power_of_2(dim, 16, 1024)
-    device.gather_dots[(rows,)](
-        index_BK, count_B, grad_BD.contiguous(), weight_FD, out_BK, capacity, dim, BLOCK_K=4, BLOCK_D=block, num_warps=2
-    )
-    return out_BK
+    block = power_of_2(dim, 16, 256)
+    slices = triton.cdiv(dim, block)
+    out_SBK = torch.empty((slices, rows, capacity), device=grad_BD.device)
+    device.gather_dots[(rows, slices)](
+        index_BK, count_B, grad_BD.contiguous(), weight_FD, out_SBK, rows, capacity, dim,
+        BLOCK_K=8, BLOCK_D=block, num_warps=1,
+    )  # fmt: skip
+    return out_SBK[0] if slices == 1 else out_SBK.sum(0)
 
 
 @frozen(kw_only=True, eq=False)

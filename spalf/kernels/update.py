@@ -27,11 +27,32 @@ class Share:
 
 @define(eq=False)
 class Pull:
-    """A gradient strength (W_dec[rows] - target) on a range of rows, strength a scalar on the device."""
+    """A gradient strength (W_dec[rows] - target) on a range of rows, strength a scalar on the device.
+
+    The update that applies it leaves each row's squared distance in `away_A`.
+    """
 
     rows: slice
     target_AD: Tensor
     strength: Tensor
+    away_A: Tensor
+
+
+@frozen(eq=False)
+class Away:
+    """Squared distances of a range of rows from their targets, and which writing of both they are of.
+
+    The target is held, so that no other tensor can come to lie where it did.
+    """
+
+    of: tuple[int, ...]
+    target_AD: Tensor
+    away_A: Tensor
+
+    @staticmethod
+    def key(weight_FD: Tensor, target_AD: Tensor, rows: slice) -> tuple[int, ...]:
+        written = (weight_FD.data_ptr(), weight_FD._version, target_AD.data_ptr(), target_AD._version)
+        return *written, rows.start, rows.stop
 
 
 @define(eq=False)
@@ -43,6 +64,8 @@ class Shares:
     more: list[Share] = field(factory=list)
     """Further shares of the decoder's gradient from lists that have one already."""
     pull: Pull | None = None
+    away: Away | None = None
+    """Held while every update leaves new ones: the next distance is then a sum over rows, not a pass over weights."""
 
     def of(self, index_BK: Tensor) -> Share:
         """The share of the code that has this list."""
@@ -58,8 +81,10 @@ class Shares:
         return share
 
     def take(self) -> tuple[list[Share], Pull | None]:
-        """All of them, which are then forgotten."""
+        """All of them, which are then forgotten; so are distances that the update to come does not renew."""
         out = [*self.by_list.values(), *self.more], self.pull
+        if self.away is not None and (self.pull is None or self.pull.away_A is not self.away.away_A):
+            self.away = None
         self.by_list.clear()
         self.more.clear()
         self.pull = None
@@ -156,6 +181,11 @@ class Precision:
     moments: torch.dtype = torch.float32
 
 
+def row_block(dim: int) -> dict[str, int]:
+    """One program holds a whole row."""
+    return {"BLOCK_D": power_of_2(dim, 16, 1 << 16), "num_warps": power_of_2(dim // 512, 1, 8)}
+
+
 def _step_rows(
     learner: Learner,
     weight: torch.nn.Parameter,
@@ -185,6 +215,7 @@ def _step_rows(
         sphere_F,
         weight.data if pull is None else pull.target_AD,
         skip if pull is None else pull.strength,
+        skip if pull is None else pull.away_A,
         0 if pull is None else pull.rows.start,
         0 if pull is None else pull.rows.stop,
         hyper,
@@ -194,8 +225,7 @@ def _step_rows(
         LOW=low is not None,
         SHORT=moments == torch.bfloat16,
         BLOCK_N=4,
-        BLOCK_D=power_of_2(dim, 16, 1 << 16),
-        num_warps=power_of_2(dim // 512, 1, 8),
+        **row_block(dim),
     )
     weight.grad = None
     return sums_F

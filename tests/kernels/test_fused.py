@@ -160,6 +160,33 @@ def test_the_sums_of_a_step_have_one_order() -> None:
         assert torch.equal(one[name], two[name]), name
 
 
+def test_a_step_leaves_the_distances_that_a_pass_over_the_rows_would_find() -> None:
+    ops = fused.FusedOps(compute="float32")
+    made, x_BD = learner(ops, SHAPES[1])
+    rows = made.sae.rows["a"]
+    target_AD = torch.rand(rows.stop, x_BD.shape[1], device=DEVICE)
+
+    def distance() -> Tensor:
+        return ops.distance(made.sae, target_AD, rows)
+
+    def passed_over() -> Tensor:
+        return (made.sae.W_dec_FD[rows] - target_AD).square().sum()
+
+    for step in range(2):
+        loss = (made.sae.decode(made.sae.encode(White(x_BD))) - x_BD).square().mean() + 0.1 * distance()
+        made.descend(loss, Clock(step=step, total=10))  # type: ignore[arg-type]
+    assert ops._shares.away is not None
+    kept = distance()
+    torch.testing.assert_close(kept, passed_over())
+    ops._shares.away = None
+    assert torch.equal(distance(), kept)
+    with torch.no_grad():
+        made.sae.W_dec_FD.mul_(1.5)  # by somebody else
+    torch.testing.assert_close(distance(), passed_over())
+    made.descend((made.sae.decode(made.sae.encode(White(x_BD))) - x_BD).square().mean(), Clock(step=2, total=10))  # type: ignore[arg-type]
+    torch.testing.assert_close(distance(), passed_over())
+
+
 @pytest.mark.slow
 def test_a_list_that_is_cut_changes_nothing_and_the_next_is_longer() -> None:
     ops = fused.FusedOps(compute="float32")
