@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spalf.core.protocols import Activator, Metric
 from spalf.core.squares import affine
-from spalf.core.values import Code, Machine, White
+from spalf.core.values import Code, Machine, White, per_entry
 
 
 class StratifiedAutoencoder(nn.Module):
@@ -75,9 +75,8 @@ class StratifiedAutoencoder(nn.Module):
             return code
         error_BD = White(white_BD - self.decode(code))
         pull_BK = self.machine.ops.correlate(code, error_BD @ self.form_DD, self)
-        if code.index_BK is not None:
-            step_F = torch.cat([step_F, step_F.new_zeros(1)])[code.index_BK]
-        moved_BK = (code.z_BK + step_F * pull_BK / self.log_gain.exp()).relu()
+        step_BK = per_entry(step_F, code.index_BK)
+        moved_BK = (code.z_BK + step_BK * pull_BK / self.log_gain.exp()).relu()
         # An entry that is off keeps its z of 0 and that z's gradient, which the threshold's surrogate needs.
         return evolve(code, z_BK=code.z_BK + code.gate_BK.detach() * (moved_BK - code.z_BK))
 

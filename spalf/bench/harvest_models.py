@@ -70,6 +70,7 @@ def write(name: str, directory: Path, device: torch.device, *, tokens: int = 1 <
     write_tokens(text, tokens, shape.n_vocab)
     source = (
         f'use = "huggingface", model = "{directory / name}", text = "{text}", layer = {shape.hook}, '
+        f"d_model = {shape.d_model}, n_vocab = {shape.n_vocab}, n_layers = {shape.layers}, "
         f'dtype = "{"bfloat16" if device.type == "cuda" else "float32"}"'
     )
     return (f"source={{ {source} }}",)

@@ -122,6 +122,29 @@ def per_feature(value_BK: Tensor, index_BK: Tensor | None, width: int) -> Tensor
     return value_BK.new_zeros(width + spare).index_add_(0, index_N, value_BK.reshape(-1))[:width]
 
 
+class _PerEntry(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value_F: Tensor, index_BK: Tensor) -> Tensor:
+        ctx.save_for_backward(index_BK)
+        ctx.width = value_F.shape[0]
+        return torch.cat([value_F, value_F.new_zeros(1)])[index_BK]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return per_feature(grads[0], ctx.saved_tensors[0], ctx.width), None
+
+
+def per_entry(value_F: Tensor, index_BK: Tensor | None) -> Tensor:
+    """One value per feature, at every entry: [F] for a dense code, [B, K] for a compact one, 0 at padding.
+
+    Its gradient is `per_feature`: that of an indexing by torch takes a second where padding is most of a list.
+    """
+    if index_BK is None:
+        return value_F
+    out: Tensor = _PerEntry.apply(value_F, index_BK)  # type: ignore[no-untyped-call]
+    return out
+
+
 @frozen(kw_only=True, eq=False)
 class Code:
     """A sparse code, dense (`index_BK` is None and K = F) or compact.
