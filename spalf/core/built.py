@@ -151,6 +151,13 @@ class Activator(Protocol):
         """Step [F] by which each selected coefficient moves towards least squares; None: codes are what is selected."""
         return None
 
+    def rectangle_F(self) -> tuple[Tensor, Tensor] | None:
+        """(log theta, window) [F] of a plain JumpReLU, z = p 1[p > theta] with the rectangle as its gradient.
+
+        A backend may then compute codes itself, without a call. None: it has to call.
+        """
+        return None
+
     def affine_F(self) -> tuple[Tensor, Tensor] | None:
         """(slope, shift) [F], slope > 0: at inference an active entry's z is slope * pre + shift. None: z is pre."""
         return None

@@ -159,6 +159,8 @@ class Code:
     index_BK: Tensor | None
     width: int
     overflow: Tensor
+    counted_F: Tensor | None = None
+    """How many rows fired each feature, where the backend has counted along."""
 
     def l0_B(self) -> Tensor:
         """Active features per row; differentiable through the gate's surrogate."""
@@ -177,6 +179,8 @@ class Code:
 
     def fired_F(self) -> Tensor:
         """How many rows of this batch fired each feature, int64."""
+        if self.counted_F is not None:
+            return self.counted_F.to(torch.int64)
         on = (self.gate_BK.detach() > 0).to(torch.int64)
         return per_feature(on, self.index_BK, self.width)
 

@@ -37,6 +37,49 @@ def compact_columns(product, bias, reach, cut, index, value, count, columns, fir
 
 
 @triton.jit
+def jump(pre, index, count, theta, z, gate, fired, capacity, BLOCK: tl.constexpr):
+    """z = p 1[p > theta] and gate = 1[p > theta] at listed entries, 0 at padding; `fired` counts rows by feature."""
+    row = tl.program_id(0).to(tl.int64)
+    listed = tl.minimum(tl.load(count + row), capacity)
+    for start in range(0, capacity, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        here, at = k < listed, row * capacity + k
+        f = tl.load(index + at, mask=here, other=0)
+        p = tl.load(pre + at, mask=here, other=0.0)
+        on = here & (p > tl.load(theta + f, mask=here, other=0.0))
+        tl.store(z + at, tl.where(on, p, 0.0), mask=k < capacity)
+        tl.store(gate + at, on.to(tl.float32), mask=k < capacity)
+        tl.atomic_add(fired + f, on.to(tl.int32), mask=on, sem="relaxed")
+
+
+@triton.jit
+def jump_back(
+    pre, index, count, theta, width, grad_z, grad_gate, to_pre, to_log, capacity,
+    HAS_Z: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients of `jump`: gz 1[p > theta] at p, and -theta (theta gz + gh) 1[|p - theta| < w/2] / w at log theta,
+    summed over rows by atomics; `width` is w."""
+    row = tl.program_id(0).to(tl.int64)
+    listed = tl.minimum(tl.load(count + row), capacity)
+    for start in range(0, capacity, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        here, at = k < listed, row * capacity + k
+        f = tl.load(index + at, mask=here, other=0)
+        p = tl.load(pre + at, mask=here, other=0.0)
+        edge = tl.load(theta + f, mask=here, other=0.0)
+        w = tl.load(width + f, mask=here, other=1.0)
+        force = tl.zeros((BLOCK,), dtype=tl.float32)
+        if HAS_Z:
+            g = tl.load(grad_z + at, mask=here, other=0.0)
+            tl.store(to_pre + at, tl.where(here & (p > edge), g, 0.0), mask=k < capacity)
+            force += g * edge
+        if HAS_GATE:
+            force += tl.load(grad_gate + at, mask=here, other=0.0)
+        inside = here & (p > edge - w / 2) & (p < edge + w / 2) & (force != 0.0)
+        tl.atomic_add(to_log + f, -edge / w * force, mask=inside, sem="relaxed")
+
+
+@triton.jit
 def gather_sum(index, z, count, weight, out, capacity, dim, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
     """out[b] = sum_k z[b, k] weight[index[b, k]], a slice of columns per program.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from spalf.core.protocols import Autoencoder
 from spalf.core.state import Learner
 from spalf.core.values import Code, White, per_feature
-from spalf.kernels import coactivation, lists, reference, update
+from spalf.kernels import coactivation, jump, lists, reference, update
 from spalf.kernels.capacity import STEP, Capacity, rounded
 
 # Listed entries per row, as a share of the features, above which dense products are faster than gathers.
@@ -178,10 +178,19 @@ class FusedOps:
         pre_BK: Tensor = _Pre.apply(  # type: ignore[no-untyped-call]
             white_BD, sae.W_enc_FD, sae.b_enc_F, found, self._low("W_enc_FD", sae.W_enc_FD), self._shares
         )
-        z_BK, gate_BK = sae.activator(pre_BK, found.index_BK)
-        overflow = (found.count_B > found.index_BK.shape[1]).any()
+        plain, fired_F = sae.activator.rectangle_F(), None
+        if plain is None:
+            z_BK, gate_BK = sae.activator(pre_BK, found.index_BK)
+        else:
+            z_BK, gate_BK, fired_F = jump.jump(pre_BK, found, *plain)
         return Code(
-            pre_BK=pre_BK, gate_BK=gate_BK, z_BK=z_BK, index_BK=found.index_BK, width=sae.width, overflow=overflow
+            pre_BK=pre_BK,
+            gate_BK=gate_BK,
+            z_BK=z_BK,
+            index_BK=found.index_BK,
+            width=sae.width,
+            overflow=(found.count_B > found.index_BK.shape[1]).any(),
+            counted_F=fired_F,
         )
 
     def decode(self, code: Code, sae: Autoencoder) -> White:

@@ -217,6 +217,8 @@ def test_outside_training_no_list_is_cut() -> None:
         oracle = reference.encode(White(x_BD), sae)
     assert not bool(code.overflow)
     torch.testing.assert_close(code.dense(), oracle.dense())
+    assert code.counted_F is not None
+    assert torch.equal(code.fired_F(), oracle.fired_F())
 
 
 def test_lists_that_would_be_long_give_way_to_a_dense_code() -> None:

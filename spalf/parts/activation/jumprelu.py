@@ -138,6 +138,10 @@ class JumpReLUActivator(nn.Module, Activator):
         """The learned step of each feature, from 0 on."""
         return self.step_F
 
+    def rectangle_F(self) -> tuple[Tensor, Tensor] | None:
+        """(log theta, window) [F] but for the ramp of an envelope and for a window that is tested on z."""
+        return None if self._ramp or self._post else (self.log_threshold_F, self.bandwidth_F)
+
     def threshold_F(self) -> Tensor:
         """theta [F], with its graph."""
         return self.log_threshold_F.exp()
