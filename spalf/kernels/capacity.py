@@ -12,6 +12,9 @@ from torch import Tensor
 STEP = 64
 """Capacities are multiples of it, so that few sizes are ever compiled or allocated."""
 
+TOTAL_STEP = 1 << 14
+"""The same of all rows' entries together."""
+
 LAG = 2
 """Steps after which a count is read: by then it has long been there."""
 
@@ -19,52 +22,67 @@ MEMORY = 256
 """Looks after which a capacity may shrink."""
 
 
-def rounded(n: float) -> int:
-    """The multiple of STEP at or above `n`, at least one."""
-    return max(STEP, -(-int(n) // STEP) * STEP)
+def rounded(n: float, step: int = STEP) -> int:
+    """The multiple of `step` at or above `n`, at least one."""
+    return max(step, -(-int(n) // step) * step)
+
+
+@define(eq=False)
+class Bound:
+    """A length that is allowed for what is measured in every step: `room` times the greatest of late."""
+
+    room: float
+    step: int
+    limit: int = 0
+    seen: deque[int] = field(factory=lambda: deque(maxlen=MEMORY))
+
+    def take_note(self, measured: int) -> None:
+        """Grow before the limit is reached, shrink where it has long been far away."""
+        self.seen.append(measured)
+        if measured > self.limit * (1 + 1 / self.room) / 2:
+            self.limit = rounded(self.room * measured, self.step)
+        elif len(self.seen) == MEMORY and 2 * self.room * max(self.seen) < self.limit:
+            self.limit = rounded(self.room * max(self.seen), self.step)
 
 
 @define(eq=False)
 class Capacity:
-    """How many entries a row may list: half as many again as the longest list of late.
+    """How many entries a row may list, half as many again as the longest list of late, and how many all rows may.
 
-    Counts are read two steps after they were made, so that no step waits for the device. A list that turns out too
-    short sets the overflow of its code, and the step that it belongs to changes nothing.
+    Counts are read two steps after they were made, so that no step waits for the device. Lists that turn out too
+    long set the overflow of their code, and the step that they belong to changes nothing.
     """
 
-    limit: int = 0
-    longest: Tensor | None = None
-    """Of the last list that was made in training: one tensor for all steps, for a recorded step writes to it too."""
+    row: Bound = field(factory=lambda: Bound(room=1.5, step=STEP))
+    total: Bound = field(factory=lambda: Bound(room=1.25, step=TOTAL_STEP))
+    measured: Tensor | None = None
+    """(longest list, entries of all lists) of the last step: one tensor for all, for a recorded step writes too."""
     waiting: deque[tuple[Tensor, Any]] = field(factory=deque)
-    seen: deque[int] = field(factory=lambda: deque(maxlen=MEMORY))
 
-    def take_note(self, longest: int) -> None:
-        """Have the limit follow a list's length."""
-        self.seen.append(longest)
-        if longest > 0.8 * self.limit:
-            self.limit = rounded(1.5 * longest)
-        elif len(self.seen) == MEMORY and 3 * max(self.seen) < self.limit:
-            self.limit = rounded(1.5 * max(self.seen))
+    def take_note(self, longest: int, entries: int) -> None:
+        """Have both limits follow."""
+        self.row.take_note(longest)
+        self.total.take_note(entries)
 
     def watch(self, count_B: Tensor) -> None:
-        """Keep the longest of a training step's lists, on the device."""
-        if self.longest is None:
-            self.longest = torch.zeros((), dtype=torch.int64, device=count_B.device)
-        self.longest.copy_(count_B.max())
+        """Keep what a training step's lists measure, on the device."""
+        if self.measured is None:
+            self.measured = torch.zeros(2, dtype=torch.int64, device=count_B.device)
+        self.measured.copy_(torch.stack([count_B.max().long(), count_B.sum()]))
 
     def settle(self) -> None:
         """Send what the last step kept on its way to the host, and take note of the one of two steps ago."""
-        if self.longest is None:
+        if self.measured is None:
             return
-        if not self.longest.is_cuda:
-            self.take_note(int(self.longest))
+        if not self.measured.is_cuda:
+            self.take_note(*self.measured.tolist())
             return
         if len(self.waiting) == LAG:
             held, arrived = self.waiting.popleft()
             arrived.synchronize()
-            self.take_note(int(held))
+            self.take_note(*held.tolist())
         else:
-            held, arrived = torch.empty((), dtype=torch.int64, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
-        held.copy_(self.longest, non_blocking=True)
+            held, arrived = torch.empty(2, dtype=torch.int64, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        held.copy_(self.measured, non_blocking=True)
         arrived.record()
         self.waiting.append((held, arrived))

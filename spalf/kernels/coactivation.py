@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spalf.core.values import White
 from spalf.kernels import device
+from spalf.kernels.lists import Lists
 from spalf.kernels.update import Away, Pull, Shares, row_block
 
 GRAM = 64
@@ -36,7 +37,9 @@ class _Rows(torch.autograd.Function):
         grad_ND = grads[0].reshape(-1, dim)
         if ctx.shares.open:
             # A list of one entry per row, with z = 1: the same sum as a decoder's.
-            ctx.shares.add(listed_N1, torch.ones(listed_N1.shape, device=grad_ND.device), grad_ND)
+            one_N1 = torch.ones(listed_N1.shape, device=grad_ND.device)
+            found = Lists(index_BK=listed_N1, pre_BK=one_N1, count_B=on_RS.reshape(-1).int(), total=len(listed_N1))
+            ctx.shares.add(found, one_N1, grad_ND)
             return None, None, None, None, None
         out = torch.zeros(width + 1, dim, device=grad_ND.device)
         return out.index_add_(0, listed_N1[:, 0], grad_ND.float())[:width], None, None, None, None

@@ -37,6 +37,21 @@ def compact_columns(product, bias, reach, cut, index, value, count, columns, fir
 
 
 @triton.jit
+def pack(index, count, starts, key, place, row, capacity, total, first_place, first_row, BLOCK: tl.constexpr):
+    """Write the listed entries of all rows one behind the other: feature, place in the flattened lists, row."""
+    b = tl.program_id(0).to(tl.int64)
+    listed = tl.minimum(tl.load(count + b), capacity)
+    start = tl.load(starts + b)
+    for first in range(0, listed, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        here = (k < listed) & (start + k < total)
+        f = tl.load(index + b * capacity + k, mask=here, other=0)
+        tl.store(key + start + k, f.to(tl.int32), mask=here)
+        tl.store(place + start + k, (first_place + b * capacity + k).to(tl.int32), mask=here)
+        tl.store(row + start + k, (first_row + b + 0 * k).to(tl.int32), mask=here)
+
+
+@triton.jit
 def jump(pre, index, count, theta, z, gate, fired, capacity, BLOCK: tl.constexpr):
     """z = p 1[p > theta] and gate = 1[p > theta] at listed entries, 0 at padding; `fired` counts rows by feature."""
     row = tl.program_id(0).to(tl.int64)

@@ -16,15 +16,16 @@ from spalf.core.protocols import Autoencoder
 from spalf.core.state import Learner
 from spalf.core.values import Code, White, per_feature
 from spalf.kernels import coactivation, jump, lists, reference, update
-from spalf.kernels.capacity import STEP, Capacity, rounded
+from spalf.kernels.capacity import STEP, TOTAL_STEP, Capacity, rounded
 
-# Listed entries per row, as a share of the features, above which dense products are faster than gathers.
-_SPARSE = 1 / 12
+# Listed entries per row, as a share of the features, above which dense products are faster than gathers: on average,
+# and of the longest list, whose length all lists have in memory.
+_SPARSE, _LONGEST = 1 / 12, 1 / 4
 
 
 def _by_feature(found: lists.Lists, value_BK: Tensor, x_BD: Tensor, width: int) -> Tensor:
     """out[f] = sum of value * x[row] over the entries of feature f: a whole gradient matrix [F, D]."""
-    by = lists.turn_over([found.index_BK], width)
+    by = lists.turn_over([found], width)
     return lists.sum_by_feature(by, by.take(value_BK), x_BD, width)
 
 
@@ -47,9 +48,9 @@ class _Pre(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_white = lists.gather_sum(found.index_BK, grad_BK, found.count_B, ctx.low_FD)
         if ctx.shares.open:
-            share = ctx.shares.of(found.index_BK)
+            share = ctx.shares.of(found)
             share.force_BK, share.white_BD = grad_BK, white_BD
-            share.overflow = (found.count_B > found.index_BK.shape[1]).any()
+            share.overflow = found.overflow()
         else:
             grad_weight = _by_feature(found, grad_BK, white_BD, width)
             grad_bias = per_feature(grad_BK, found.index_BK, width)
@@ -73,7 +74,7 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_z = lists.gather_dots(found.index_BK, found.count_B, grad_BD, ctx.low_FD)
         if ctx.shares.open:
-            ctx.shares.add(found.index_BK, z_BK, grad_BD)
+            ctx.shares.add(found, z_BK, grad_BD)
         else:
             grad_weight = _by_feature(found, z_BK, grad_BD, weight_FD.shape[0])
         return grad_z, grad_weight, None, None, None
@@ -96,7 +97,7 @@ class _Correlate(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_v = lists.gather_sum(found.index_BK, grad_BK, found.count_B, ctx.low_FD)
         if ctx.shares.open:
-            ctx.shares.add(found.index_BK, grad_BK, v_BD)
+            ctx.shares.add(found, grad_BK, v_BD)
         else:
             grad_weight = _by_feature(found, grad_BK, v_BD, weight_FD.shape[0])
         return grad_v, grad_weight, None, None, None
@@ -104,13 +105,6 @@ class _Correlate(torch.autograd.Function):
 
 def _trains(sae: Autoencoder) -> bool:
     return torch.is_grad_enabled() and bool(getattr(sae, "training", False))
-
-
-def _lists_of(code: Code) -> lists.Lists:
-    """The lists of a compact code."""
-    assert code.index_BK is not None
-    count_B = (code.index_BK < code.width).sum(1, dtype=torch.int32)
-    return lists.Lists(index_BK=code.index_BK, pre_BK=code.pre_BK.detach(), count_B=count_B)
 
 
 @define(kw_only=True, eq=False)
@@ -128,6 +122,8 @@ class FusedOps:
     _shares: update.Shares = field(factory=update.Shares)
     _shadows: dict[str, tuple[int, int, Tensor]] = field(factory=dict)
     _sphere_F: Tensor | None = None
+    _last: lists.Lists | None = None
+    _rows: int = 0
 
     def _low(self, name: str, weight: Tensor) -> Tensor:
         """The weights in the precision of products; the bfloat16 copy is kept until somebody else writes to them."""
@@ -147,24 +143,43 @@ class FusedOps:
 
     def _found(self, white_BD: Tensor, sae: Autoencoder, reach_F: Tensor, trains: bool) -> lists.Lists | None:
         weight_FD, bias_F = self._low("W_enc_FD", sae.W_enc_FD), sae.b_enc_F.detach()
-        white_BD, most = white_BD.detach(), int(_SPARSE * sae.width)
-        capacity = self._capacity
-        if trains and capacity.limit:
-            if capacity.limit > most:
+        white_BD, rows, capacity = white_BD.detach(), white_BD.shape[0], self._capacity
+        if trains:
+            self._rows = rows
+        if trains and capacity.row.limit:
+            if not self._is_short(sae):
                 return None
-            found = lists.scan(white_BD, weight_FD, bias_F, reach_F, capacity.limit, self.compute)
+            limits = capacity.row.limit, capacity.total.limit
+            found = lists.scan(white_BD, weight_FD, bias_F, reach_F, limits[0], self.compute, limits[1])
             capacity.watch(found.count_B)
             return found
-        limit = min(capacity.limit or 8 * STEP, rounded(most))
+        most = int(_LONGEST * sae.width)
+        limit = min(capacity.row.limit or 8 * STEP, rounded(most))
         while True:
             found = lists.scan(white_BD, weight_FD, bias_F, reach_F, limit, self.compute)
-            longest = int(found.count_B.max()) if found.count_B.numel() else 0
-            if longest <= limit:
-                capacity.limit = capacity.limit or rounded(1.5 * longest)
-                return found
-            if longest > most:
+            longest, listed = (int(n) for n in (found.count_B.amax(), found.count_B.sum())) if rows else (0, 0)
+            if longest > most or listed > _SPARSE * sae.width * rows:
                 return None
+            if longest <= limit:
+                if trains:
+                    capacity.take_note(longest, listed)
+                return found
             limit = rounded(1.25 * longest)
+
+    def _is_short(self, sae: Autoencoder) -> bool:
+        """Whether lists within the limits are worth it, in a training step."""
+        few = self._capacity.total.limit <= max(TOTAL_STEP, int(1.25 * _SPARSE * sae.width) * self._rows)
+        return few and 0 < self._capacity.row.limit <= rounded(_LONGEST * sae.width)
+
+    def _lists_of(self, code: Code) -> lists.Lists:
+        """The lists of a compact code: those that it was made of, or anew where somebody else has made it."""
+        assert code.index_BK is not None
+        last = self._last
+        if last is not None and last.index_BK is code.index_BK:
+            return last
+        count_B = (code.index_BK < code.width).sum(1, dtype=torch.int32)
+        total = code.index_BK.numel()
+        return lists.Lists(index_BK=code.index_BK, pre_BK=code.pre_BK.detach(), count_B=count_B, total=total)
 
     def encode(self, white_BD: White, sae: Autoencoder, dense: bool) -> Code:
         """Compact, but dense on request, for an activator without a reach, and where lists would be too long."""
@@ -178,6 +193,7 @@ class FusedOps:
         pre_BK: Tensor = _Pre.apply(  # type: ignore[no-untyped-call]
             white_BD, sae.W_enc_FD, sae.b_enc_F, found, self._low("W_enc_FD", sae.W_enc_FD), self._shares
         )
+        self._last = found
         plain, fired_F = sae.activator.rectangle_F(), None
         if plain is None:
             z_BK, gate_BK = sae.activator(pre_BK, found.index_BK)
@@ -189,7 +205,7 @@ class FusedOps:
             z_BK=z_BK,
             index_BK=found.index_BK,
             width=sae.width,
-            overflow=(found.count_B > found.index_BK.shape[1]).any(),
+            overflow=found.overflow(),
             counted_F=fired_F,
         )
 
@@ -197,7 +213,7 @@ class FusedOps:
         if code.index_BK is None:
             return reference.decode(code, sae, self.compute)
         out: Tensor = _Decode.apply(  # type: ignore[no-untyped-call]
-            code.z_BK, sae.W_dec_FD, _lists_of(code), self._low("W_dec_FD", sae.W_dec_FD), self._shares
+            code.z_BK, sae.W_dec_FD, self._lists_of(code), self._low("W_dec_FD", sae.W_dec_FD), self._shares
         )
         return White(out)
 
@@ -205,7 +221,7 @@ class FusedOps:
         if code.index_BK is None:
             return reference.correlate(code, v_BD, sae, self.compute)
         out: Tensor = _Correlate.apply(  # type: ignore[no-untyped-call]
-            v_BD, sae.W_dec_FD, _lists_of(code), self._low("W_dec_FD", sae.W_dec_FD), self._shares
+            v_BD, sae.W_dec_FD, self._lists_of(code), self._low("W_dec_FD", sae.W_dec_FD), self._shares
         )
         return out
 
@@ -251,10 +267,14 @@ class FusedOps:
         return True
 
     def kind(self, sae: Autoencoder) -> Hashable:
-        """The lists' length, and which writing of the matrices the copies in low precision are of."""
-        if not self.replay or not 0 < self._capacity.limit <= int(_SPARSE * sae.width):
+        """The lists' lengths, and which writing of the matrices the copies in low precision are of."""
+        if not self.replay or not self._is_short(sae):
             return None
-        return self._capacity.limit, *((w.data_ptr(), w._version) for w in (sae.W_enc_FD, sae.W_dec_FD))
+        return (
+            self._capacity.row.limit,
+            self._capacity.total.limit,
+            *((w.data_ptr(), w._version) for w in (sae.W_enc_FD, sae.W_dec_FD)),
+        )
 
     def settle(self) -> None:
         self._capacity.settle()

@@ -15,7 +15,7 @@ from torch import Tensor
 from spalf.kernels import device
 from spalf.kernels.reference import matmul
 
-COLUMNS = 4096
+COLUMNS = 2048
 """Features per block of pre-activations: what a block's scan reads still lies in the cache, most of it."""
 
 _ROUNDING = 2.0**-20
@@ -34,18 +34,39 @@ def power_of_2(n: int, least: int, most: int) -> int:
 class Lists:
     """Listed entries per row: feature [B, K] (padding is the width), pre-activation [B, K], and how many matter [B].
 
-    `count_B` may exceed K: then the list of that row is cut.
+    `count_B` may exceed K: then the list of that row is cut. `total` bounds the entries of all rows together.
     """
 
     index_BK: Tensor
     pre_BK: Tensor
     count_B: Tensor
+    total: int
+
+    def overflow(self) -> Tensor:
+        """Whether a row lists more than K entries, or all together more than `total`; a scalar on the device."""
+        return (self.count_B > self.index_BK.shape[1]).any() | (self.count_B.sum() > self.total)
+
+
+def nothing(device: torch.device) -> Lists:
+    """Lists of no row."""
+    index_BK = torch.zeros((0, 1), dtype=torch.int64, device=device)
+    count_B = torch.zeros(0, dtype=torch.int32, device=device)
+    return Lists(index_BK=index_BK, pre_BK=index_BK.float(), count_B=count_B, total=0)
 
 
 def scan(
-    white_BD: Tensor, weight_FD: Tensor, bias_F: Tensor, reach_F: Tensor, capacity: int, compute: str = "float32"
+    white_BD: Tensor,
+    weight_FD: Tensor,
+    bias_F: Tensor,
+    reach_F: Tensor,
+    capacity: int,
+    compute: str = "float32",
+    total: int = 0,
 ) -> Lists:
-    """Entries of white @ weight' + bias above `reach`, ascending, at most `capacity` per row; never [B, F]."""
+    """Entries of white @ weight' + bias above `reach`, ascending, at most `capacity` per row; never [B, F].
+
+    `total`: how many there may be in all rows together; 0 for as many as the lists hold.
+    """
     rows, width = white_BD.shape[0], weight_FD.shape[0]
     at = white_BD.device
     index_BK = torch.full((rows, capacity), width, dtype=torch.int64, device=at)
@@ -73,7 +94,9 @@ def scan(
             BLOCK=power_of_2(columns, 16, SCAN),
             num_warps=SCAN_WARPS,
         )
-    return Lists(index_BK=index_BK, pre_BK=pre_BK, count_B=count_B)
+    return Lists(
+        index_BK=index_BK, pre_BK=pre_BK, count_B=count_B, total=min(total or rows * capacity, rows * capacity)
+    )
 
 
 def gather_sum(index_BK: Tensor, z_BK: Tensor, count_B: Tensor, weight_FD: Tensor) -> Tensor:
@@ -92,12 +115,12 @@ def gather_sum(index_BK: Tensor, z_BK: Tensor, count_B: Tensor, weight_FD: Tenso
 def gather_dots(index_BK: Tensor, count_B: Tensor, grad_BD: Tensor, weight_FD: Tensor) -> Tensor:
     """out[b, k] = <grad[b], weight[index[b, k]]>, [B, K] float32, 0 at padding."""
     (rows, capacity), dim = index_BK.shape, weight_FD.shape[1]
-    block = power_of_2(dim, 16, 256)
+    block = power_of_2(dim, 16, 512)
     slices = triton.cdiv(dim, block)
     out_SBK = torch.empty((slices, rows, capacity), device=grad_BD.device)
     device.gather_dots[(rows, slices)](
         index_BK, count_B, grad_BD.contiguous(), weight_FD, out_SBK, rows, capacity, dim,
-        BLOCK_K=8, BLOCK_D=block, num_warps=1,
+        BLOCK_K=4, BLOCK_D=block, num_warps=1,
     )  # fmt: skip
     return out_SBK[0] if slices == 1 else out_SBK.sum(0)
 
@@ -121,25 +144,33 @@ class ByFeature:
         return value_BK.reshape(-1)[self.from_N]
 
 
-def turn_over(lists: Sequence[Tensor], width: int) -> ByFeature:
-    """Sort the entries of index lists [B, K] by feature; the rows of a second list count on from those of the first.
+def turn_over(all_lists: Sequence[Lists], width: int) -> ByFeature:
+    """Sort the entries of lists by feature; the rows of a second one count on from those of the first.
 
-    A stable sort, so that the sums over a feature's entries have one order. Nothing waits for the device.
+    A stable sort, so that the sums over a feature's entries have one order. Nothing waits for the device. Entries are
+    packed before they are sorted: most of a list is padding, for one row in thousands lists ten times the mean.
     """
-    keys, rows, first = [], [], 0
-    for index_BK in lists:
-        n, capacity = index_BK.shape
-        keys.append(index_BK.reshape(-1).to(torch.int32))
-        rows.append(
-            torch.arange(first, first + n, dtype=torch.int32, device=index_BK.device).repeat_interleave(capacity)
-        )
-        first += n
-    key_N, row_N = (torch.cat(part) if len(part) > 1 else part[0] for part in (keys, rows))
+    at, many = all_lists[0].index_BK.device, sum(lists.total for lists in all_lists)
+    key_N = torch.full((many,), width, dtype=torch.int32, device=at)
+    place_N, row_N = (torch.zeros(many, dtype=torch.int32, device=at) for _ in range(2))
+    first, first_place, first_row = 0, 0, 0
+    for lists in all_lists:
+        rows, capacity = lists.index_BK.shape
+        span = slice(first, first + lists.total)
+        listed_B = lists.count_B.clamp(max=capacity)
+        if rows == 0:
+            continue
+        device.pack[(rows,)](
+            lists.index_BK, lists.count_B, listed_B.cumsum(0) - listed_B,
+            key_N[span], place_N[span], row_N[span], capacity, lists.total, first_place, first_row,
+            BLOCK=power_of_2(capacity, 16, 256), num_warps=1,
+        )  # fmt: skip
+        first, first_place, first_row = span.stop, first_place + rows * capacity, first_row + rows
     sorted_N, from_N = torch.sort(key_N, stable=True)
-    edge_F1 = torch.arange(width + 1, dtype=torch.int32, device=key_N.device)
+    edge_F1 = torch.arange(width + 1, dtype=torch.int32, device=at)
     starts_F1 = torch.searchsorted(sorted_N, edge_F1).to(torch.int32)
     order_F = (starts_F1[1:] - starts_F1[:-1]).argsort(descending=True)
-    return ByFeature(from_N=from_N, row_N=row_N[from_N], starts_F1=starts_F1, order_F=order_F.to(torch.int32))
+    return ByFeature(from_N=place_N[from_N], row_N=row_N[from_N], starts_F1=starts_F1, order_F=order_F.to(torch.int32))
 
 
 def sum_by_feature(by: ByFeature, value_N: Tensor, x_BD: Tensor, width: int) -> Tensor:

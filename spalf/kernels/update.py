@@ -10,14 +10,14 @@ from torch import Tensor
 
 from spalf.core.state import Learner
 from spalf.kernels import device
-from spalf.kernels.lists import ByFeature, power_of_2, turn_over
+from spalf.kernels.lists import ByFeature, Lists, nothing, power_of_2, turn_over
 
 
 @define(eq=False)
 class Share:
     """One code's share of both gradients: dec += z grad_hat and enc += force white, over its listed entries."""
 
-    index_BK: Tensor
+    found: Lists
     overflow: Tensor | None = None
     z_BK: Tensor | None = None
     grad_BD: Tensor | None = None
@@ -67,15 +67,15 @@ class Shares:
     away: Away | None = None
     """Held while every update leaves new ones: the next distance is then a sum over rows, not a pass over weights."""
 
-    def of(self, index_BK: Tensor) -> Share:
-        """The share of the code that has this list."""
-        return self.by_list.setdefault(index_BK.data_ptr(), Share(index_BK))
+    def of(self, found: Lists) -> Share:
+        """The share of the code that has these lists."""
+        return self.by_list.setdefault(found.index_BK.data_ptr(), Share(found))
 
-    def add(self, index_BK: Tensor, z_BK: Tensor, grad_BD: Tensor) -> Share:
+    def add(self, found: Lists, z_BK: Tensor, grad_BD: Tensor) -> Share:
         """dec += z grad over these entries."""
-        share = self.of(index_BK)
+        share = self.of(found)
         if share.z_BK is not None:
-            share = Share(index_BK)
+            share = Share(found)
             self.more.append(share)
         share.z_BK, share.grad_BD = z_BK, grad_BD
         return share
@@ -123,8 +123,9 @@ def _joined(shares: list[Share], by: ByFeature, like_FD: Tensor, low: bool) -> t
     dtype = torch.bfloat16 if low else torch.float32
     z, force, grad, white = [], [], [], []
     for share in shares:
-        rows, dim = share.index_BK.shape[0], like_FD.shape[1]
-        nothing_BK = torch.zeros(share.index_BK.shape, device=like_FD.device)
+        index_BK = share.found.index_BK
+        rows, dim = index_BK.shape[0], like_FD.shape[1]
+        nothing_BK = torch.zeros(index_BK.shape, device=like_FD.device)
         z.append((nothing_BK if share.z_BK is None else share.z_BK.detach()).reshape(-1))
         force.append((nothing_BK if share.force_BK is None else share.force_BK).reshape(-1))
         grad.append(like_FD.new_zeros((rows, dim), dtype=dtype) if share.grad_BD is None else share.grad_BD.to(dtype))
@@ -245,10 +246,10 @@ def update_(
     sae = learner.sae
     dec, enc, bias = sae.W_dec_FD, sae.W_enc_FD, sae.b_enc_F
     if not shares:  # a dense code: all there is lies in `.grad`
-        shares = [Share(torch.zeros((0, 1), dtype=torch.int64, device=dec.device))]
+        shares = [Share(nothing(dec.device))]
     shares = sorted(shares, key=lambda s: s.white_BD is None)
     skip = _skip(shares, dec.device)
-    by = turn_over([s.index_BK for s in shares], sae.width)
+    by = turn_over([s.found for s in shares], sae.width)
     z_N, force_N, grad_BD, white_BD = _joined(shares, by, dec, precision.dec is not None)
     moments = precision.moments
     _step_rows(learner, dec, Sources(by, z_N, grad_BD, pull), precision.dec, moments, sphere_F, skip)

@@ -82,7 +82,7 @@ def gradients(
 ) -> dict[str, Tensor]:
     sae, x_BD = built(ops, shape, seed, dtype, refine)
     if isinstance(ops, fused.FusedOps):
-        ops._capacity.limit = int(fused._SPARSE * shape[2])
+        ops._capacity.take_note(int(fused._SPARSE * shape[2]) // 2, shape[0] * int(fused._SPARSE * shape[2]))
     x_BD.requires_grad_(True)
     loss = loss_of(sae, x_BD)
     loss.backward()
@@ -194,7 +194,7 @@ def test_a_list_that_is_cut_changes_nothing_and_the_next_is_longer() -> None:
     made.descend(loss_of(made.sae, x_BD), Clock(step=0, total=10))  # type: ignore[arg-type]
     before = {name: p.detach().clone() for name, p in made.sae.named_parameters()}
     steps = {name: float(made.optimizer.state[p]["step"]) for name, p in made.sae.named_parameters()}  # type: ignore[index]
-    ops._capacity.limit = 1
+    ops._capacity.row.limit = 1
     code = made.sae.encode(White(x_BD))
     assert bool(code.overflow)
     loss = (made.sae.decode(code) - x_BD).square().mean()
@@ -211,7 +211,7 @@ def test_a_list_that_is_cut_changes_nothing_and_the_next_is_longer() -> None:
 def test_what_a_code_counts_along_is_what_fired() -> None:
     ops = fused.FusedOps(compute="float32")
     sae, x_BD = built(ops, SHAPES[1], 3, torch.float32)
-    ops._capacity.limit = int(fused._SPARSE * SHAPES[1][2])
+    ops._capacity.take_note(10, 90)
     sae.activator.log_threshold_F.data.fill_(math.log(2.5))  # type: ignore[attr-defined]
     code = sae.encode(White(x_BD))
     assert code.counted_F is not None
@@ -224,7 +224,7 @@ def test_what_a_code_counts_along_is_what_fired() -> None:
 def test_outside_training_no_list_is_cut() -> None:
     ops = fused.FusedOps(compute="float32")
     sae, x_BD = built(ops, SHAPES[1], 3, torch.float32)
-    ops._capacity.limit = 1
+    ops._capacity.row.limit = 1
     with torch.no_grad():
         code = sae.encode(White(x_BD))
         oracle = reference.encode(White(x_BD), sae)
@@ -252,15 +252,45 @@ def test_low_precision_copies_follow_whoever_writes() -> None:
 def test_turning_lists_over_is_a_transpose() -> None:
     width = 11
     draw = torch.Generator().manual_seed(2)
-    parts = [torch.randint(0, width + 1, (rows, 4), generator=draw).to(DEVICE) for rows in (3, 5)]
+    features, rows, values, parts = [], [], [], []
+    for first, n in ((0, 3), (3, 5)):
+        count_B = torch.randint(0, 5, (n,), generator=draw).to(DEVICE, torch.int32)
+        index_BK = torch.randint(0, width, (n, 4), generator=draw).to(DEVICE)
+        listed_BK = torch.arange(4, device=DEVICE) < count_B[:, None]
+        parts.append(
+            lists.Lists(
+                index_BK=torch.where(listed_BK, index_BK, width),
+                pre_BK=torch.rand((n, 4), generator=draw).to(DEVICE),
+                count_B=count_B,
+                total=int(count_B.sum()) + 2,  # with room to spare
+            )
+        )
+        features.append(index_BK[listed_BK])
+        rows.append((first + torch.arange(n, device=DEVICE))[:, None].expand(n, 4)[listed_BK])
+        values.append(parts[-1].pre_BK[listed_BK])
     by = lists.turn_over(parts, width)
-    flat = torch.cat([p.reshape(-1) for p in parts])
-    row_N = torch.arange(8, device=DEVICE).repeat_interleave(4)
+    feature_N, row_N, value_N = (torch.cat(part) for part in (features, rows, values))
+    taken_N = by.take(torch.cat([part.pre_BK.reshape(-1) for part in parts]))
     for f in range(width):
         begin, end = int(by.starts_F1[f]), int(by.starts_F1[f + 1])
-        assert torch.equal(by.row_N[begin:end].long(), row_N[flat == f])
-    counts = torch.bincount(flat, minlength=width + 1)[:width]
-    assert torch.equal(counts[by.order_F.long()], counts.sort(descending=True).values)
+        assert torch.equal(by.row_N[begin:end].long(), row_N[feature_N == f])
+        assert torch.equal(taken_N[begin:end], value_N[feature_N == f])
+    counts_F = torch.bincount(feature_N, minlength=width)
+    assert torch.equal(counts_F[by.order_F.long()], counts_F.sort(descending=True).values)
+
+
+def test_lists_that_hold_more_than_their_total_overflow() -> None:
+    ops = fused.FusedOps(compute="float32")
+    made, x_BD = learner(ops, SHAPES[1])
+    made.sae.activator.log_threshold_F.data.fill_(math.log(2.5))  # type: ignore[attr-defined]
+    ops._capacity.take_note(10, 90)
+    assert not bool(made.sae.encode(White(x_BD)).overflow)
+    ops._capacity.total.limit = 3
+    code = made.sae.encode(White(x_BD))
+    assert bool(code.overflow)
+    before = made.sae.W_dec_FD.detach().clone()
+    made.descend((made.sae.decode(code) - x_BD).square().mean(), Clock(step=0, total=10))  # type: ignore[arg-type]
+    assert torch.equal(made.sae.W_dec_FD, before)
 
 
 @pytest.mark.parametrize("frozen", ["W_enc_FD", "W_dec_FD"])
