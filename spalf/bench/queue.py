@@ -37,6 +37,7 @@ class Visit:
 
     out: Path
     only: str = "*"
+    """Patterns of job names, by commas."""
     jobs: int = 1
     """How many work at once on each device."""
     minutes: float = float("inf")
@@ -115,7 +116,7 @@ class Queue:
 
     def _reason(self, job: Job) -> str:
         """Why a job is not to be started now; "" where it is."""
-        if not fnmatchcase(job.name, self._visit.only):
+        if not self._is_asked_for(job):
             return "not asked for"
         failures = [line for line in self._lines if line["key"] == job.key and line["status"] == "error"]
         if len(failures) >= ATTEMPTS:
@@ -128,6 +129,9 @@ class Queue:
         if self._seconds(job) * MARGIN > left or left <= 0:
             return "does not fit into what is left of the minutes"
         return ""
+
+    def _is_asked_for(self, job: Job) -> bool:
+        return any(fnmatchcase(job.name, pattern.strip()) for pattern in self._visit.only.split(","))
 
     def _pending(self) -> list[Job]:
         held = {one.job.key for one in self._running}
@@ -275,7 +279,7 @@ class Queue:
             line = latest.get(job.key)
             if line is not None and line["status"] == "done":
                 done.append(job.name)
-            elif line is not None and fnmatchcase(job.name, self._visit.only):
+            elif line is not None and self._is_asked_for(job):
                 failed[job.name] = str(line["error"])
             else:
                 left[job.name] = self._reason(job) or "was cut"

@@ -3,9 +3,9 @@
 A component is a frozen record of options; what it builds (`core/built.py`) holds the tensors. `S` is a component's own
 state: a frozen attrs record of tensors, opaque to everybody else.
 
-An activation, filter, lagrangian, optimizer, term or constraint may have `capturable` = True: on CUDA its work
-is the same launches on the same tensors in every step, it waits for nothing, and no number that it takes from Python
-(the clock) changes from step to step. A step of such parts alone is recorded once as a CUDA graph and replayed; an
+An activation, filter, dual, penalty, lagrangian, optimizer, term or constraint may have `capturable` = True: on CUDA
+its work is the same launches on the same tensors in every step, it waits for nothing, and no number that it takes from
+Python (the clock) changes from step to step. A step of such parts alone is recorded once as a CUDA graph and replayed; an
 optimizer reads its rate from a tensor then, as torch's own with `capturable` do.
 """
 

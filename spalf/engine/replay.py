@@ -1,8 +1,8 @@
-"""Quiet steps as one CUDA graph: the host records a step's launches once, and later steps replay them.
+"""Steps as CUDA graphs: the host records a step's launches once, and later steps of its kind replay them.
 
-A training step launches hundreds of small kernels, and launching them takes longer than running them. A step is quiet
-when nothing in it depends on Python's side: no controller's tick, no logged line, and every part that it uses says
-that it is `capturable`. All other steps run as they always do, on the same tensors.
+A training step launches hundreds of small kernels, and launching them takes longer than running them. A step can be
+recorded when every part that it uses says that it is `capturable` and nothing is logged; one with a tick of the
+controllers is another graph than one without. All other steps run as they always do, on the same tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from attrs import define, evolve, frozen
+from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from spalf.core import tree
@@ -36,10 +36,12 @@ class Outcome:
 Body = Callable[[Batch], Outcome]
 
 
-def is_capturable(plan: Plan, terms: Sequence[str], constraints: Collection[str]) -> bool:
-    """Whether every part that a quiet step calls says that its work is the same launches in every step."""
+def is_capturable(plan: Plan, terms: Sequence[str], constraints: Collection[str], ticks: bool = False) -> bool:
+    """Whether every part that a step calls, one in which the controllers tick too, says that its work is the same
+    launches in every step."""
     recipe = plan.recipe
     parts = [recipe.activation, recipe.filter, recipe.lagrangian, recipe.optimizer]
+    parts += [recipe.dual, recipe.penalty] if ticks else []
     parts += [recipe.term[t] for t in terms]
     parts += [recipe.constraint[c] for c in constraints]
     # Of strata that say what their rows are, a fused update calls nothing.
@@ -51,7 +53,6 @@ def is_capturable(plan: Plan, terms: Sequence[str], constraints: Collection[str]
 class _Recorded:
     """A graph, and the tensors that it reads and writes."""
 
-    key: Hashable
     graph: torch.cuda.CUDAGraph
     x_BD: Tensor
     control: ControlState
@@ -91,33 +92,50 @@ def _pour(source: Any, target: Any) -> None:
             leaf.copy_(held[name])
 
 
+@frozen(kw_only=True, eq=False)
+class _Inputs:
+    """What the graphs of one kind read, and all but the batch write."""
+
+    x_BD: Tensor
+    control: ControlState
+    silent_F: Tensor
+
+
 @define(eq=False)
 class Replay:
-    """The recorded step of one autoencoder. A graph is recorded at the second quiet step of a kind.
+    """The recorded steps of one autoencoder. A graph is recorded at the second step of its kind.
 
-    A step's kind is its phase, its batch's shape and what the kernels' lists depend on; where that changes, the step
-    is recorded anew. The first one of a kind runs as it is: it compiles what has to be compiled.
+    A step's kind is its phase, its batch's shape and what the kernels' lists depend on; where that changes, steps
+    are recorded anew. The first one of a kind runs as it is: it compiles what has to be compiled. Within a kind there
+    is a graph per `variant`, such as steps with a tick and steps without; they share their memory.
     """
 
-    _recorded: _Recorded | None = None
-    _seen: Hashable = None
+    _kind: Hashable = None
+    _seen: set[Hashable] = field(factory=set)
+    _recorded: dict[Hashable, _Recorded] = field(factory=dict)
+    _inputs: _Inputs | None = None
+    _pool: Any = None
     _refused: bool = False
 
     def forget(self) -> None:
-        """Drop the graph, and the memory that it holds."""
-        self._recorded, self._seen = None, None
+        """Drop the graphs, and the memory that they hold."""
+        self._kind, self._inputs, self._pool = None, None, None
+        self._seen.clear()
+        self._recorded.clear()
 
-    def step(self, key: Hashable, state: TrainingState, batch: Batch, body: Body) -> Outcome:
-        """`body(batch)`, replayed where its kind has been recorded. Same numbers either way."""
-        if self._recorded is not None and self._recorded.key == key:
-            return self._recorded(state, batch)
-        if self._seen != key or self._refused:
-            self._seen = key
+    def step(self, kind: Hashable, variant: Hashable, state: TrainingState, batch: Batch, body: Body) -> Outcome:
+        """`body(batch)`, replayed where its kind and variant have been recorded. Same numbers either way."""
+        if kind != self._kind:
+            self.forget()
+            self._kind = kind
+        if variant in self._recorded:
+            return self._recorded[variant](state, batch)
+        if variant not in self._seen or self._refused:
+            self._seen.add(variant)
             return body(batch)
-        self._recorded = None
         draws = state.rng.device.get_state()
         try:
-            self._recorded = self._record(key, state, batch, body)
+            self._recorded[variant] = self._record(state, batch, body)
         except RuntimeError as e:
             self._refused = True
             # The old generator still waits for the end of the recording.
@@ -126,30 +144,41 @@ class Replay:
             said = f"a training step could not be recorded as a CUDA graph and runs slower without ({e})"
             warnings.warn(said, RuntimeWarning, stacklevel=2)
             return body(batch)
-        return self._recorded(state, batch)
+        return self._recorded[variant](state, batch)
 
-    def _record(self, key: Hashable, state: TrainingState, batch: Batch, body: Body) -> _Recorded:
+    def _shared(self, state: TrainingState, batch: Batch) -> _Inputs:
+        """The tensors of all graphs of this kind, which the state then goes on with."""
+        if self._inputs is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            # Copies, for a record may hold one tensor under two names, and each is written here.
+            control = tree.apply(torch.clone, state.control)
+            self._inputs = _Inputs(x_BD=batch.x_BD.clone(), control=control, silent_F=state.silent_F.clone())
+        held = self._inputs
+        if state.control is not held.control:
+            _pour(state.control, held.control)
+        if state.silent_F is not held.silent_F:
+            held.silent_F.copy_(state.silent_F)
+        state.control, state.silent_F = held.control, held.silent_F
+        return held
+
+    def _record(self, state: TrainingState, batch: Batch, body: Body) -> _Recorded:
         """Nothing runs here but copies: what is recorded takes effect when it is replayed."""
-        x_BD = batch.x_BD.clone()
-        # Copies, for a record may hold one tensor under two names, and each is written here.
-        state.control = control = tree.apply(torch.clone, state.control)
-        state.silent_F = silent_F = state.silent_F.clone()
+        held = self._shared(state, batch)
         # Gradients that an earlier step left would be recorded as tensors to add to.
         state.learner.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(state.rng.device)
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            out = body(Batch(x_BD=Raw(x_BD)))
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            out = body(Batch(x_BD=Raw(held.x_BD)))
             scalars_N = torch.stack([v.detach().float() for v in out.numbers.values()])
             rows_NM = torch.stack([*(getattr(out.signal, name) for name in _SIGNAL), out.lam_M])
-            _pour(out.control, control)
-            silent_F.copy_(out.silent_F)
+            _pour(out.control, held.control)
+            held.silent_F.copy_(out.silent_F)
         return _Recorded(
-            key=key,
             graph=graph,
-            x_BD=x_BD,
-            control=control,
-            silent_F=silent_F,
+            x_BD=held.x_BD,
+            control=held.control,
+            silent_F=held.silent_F,
             signal=out.signal,
             names=tuple(out.numbers),
             scalars_N=scalars_N,

@@ -222,7 +222,8 @@ def primal_dual_step(
     state.learner.set_rates(state.clock, rate)
     kind = _kind(plan, state, batch, terms, constraints, hold)
     replay = state.sae.machine.replay
-    return _enter(plan, state, body(batch) if kind is None else replay.step(kind, state, batch, body))
+    ticks = state.clock.due(plan.recipe.filter.every)
+    return _enter(plan, state, body(batch) if kind is None else replay.step(kind, ticks, state, batch, body))
 
 
 def _kind(
@@ -235,9 +236,9 @@ def _kind(
 ) -> Hashable:
     """What the launches of this step depend on; None where they cannot be recorded."""
     lists, clock = state.sae.machine.ops.kind(state.sae), state.clock
-    if lists is None or clock.due(plan.recipe.filter.every) or clock.due(plan.recipe.record.log_every):
+    if lists is None or batch.truth_BN is not None or clock.due(plan.recipe.record.log_every):
         return None
-    if batch.truth_BN is not None or not is_capturable(plan, terms, constraints):
+    if not is_capturable(plan, terms, constraints, clock.due(plan.recipe.filter.every)):
         return None
     return clock.phase, tuple(terms), tuple(constraints), tuple(hold), tuple(batch.x_BD.shape), lists
 

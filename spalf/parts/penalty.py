@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from attrs import evolve, field, frozen
@@ -24,6 +24,7 @@ class ConstantState:
 class Constant:
     """rho = `rho` for every constraint: right for dimensionless violations, whose scale is 1 by construction."""
 
+    capturable: ClassVar[bool] = True
     rho: float = field(default=1.0, validator=gt(0.0))
 
     def init(self, m: int) -> ConstantState:
@@ -69,6 +70,7 @@ class Capu:
     one slow memory of the filter.
     """
 
+    capturable: ClassVar[bool] = True
     scale: float = field(default=1.0, validator=gt(0.0))
     memory: float = field(default=0.99, validator=and_(ge(0.0), lt(1.0)))
     start: float = field(default=1.0, validator=gt(0.0))
@@ -123,6 +125,7 @@ class CapuMonotone:
     bounded by scale / sqrt(eps) alone, is not.
     """
 
+    capturable: ClassVar[bool] = True
     scale: float = field(default=1.0, validator=gt(0.0))
     memory: float = field(default=0.99, validator=and_(ge(0.0), lt(1.0)))
     stall: float = field(default=0.999, validator=gt(0.0))

@@ -42,6 +42,7 @@ class Adrc:
     `margin` moves the set point to v = -margin: a law that holds v at 0 ends on the wrong side half of the time.
     """
 
+    capturable: ClassVar[bool] = True
     observer: float = field(default=0.0, validator=and_(ge(0.0), le(1.0)))
     bandwidth: float = field(default=0.0, validator=and_(ge(0.0), le(1.0)))
     gain: float = field(default=1.0, validator=gt(0.0))
@@ -139,6 +140,7 @@ class AdrcLiteral:
     Only the clip at `limit` keeps its numbers finite.
     """
 
+    capturable: ClassVar[bool] = True
     known_to_diverge: ClassVar[bool] = True
 
     observer: float = field(default=0.3, validator=and_(gt(0.0), le(1.0)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from attrs import field, frozen
 from attrs.validators import and_, ge, gt, lt
@@ -19,6 +21,7 @@ class Pi:
     A proportional gain acts on the primal as a penalty does (arXiv 2509.22500): beside rho > 0 it counts twice.
     """
 
+    capturable: ClassVar[bool] = True
     kp: float = field(default=0.5, validator=ge(0.0))
     ki: float = field(default=0.5, validator=gt(0.0))
     limit: float = field(default=LIMIT, validator=gt(0.0))
@@ -47,6 +50,7 @@ class NuPi:
     s starts at the violation at which its constraint entered. nu = 0 and kp = ki is optimistic ascent.
     """
 
+    capturable: ClassVar[bool] = True
     nu: float = field(default=0.5, validator=and_(gt(-1.0), lt(1.0)))
     kp: float = field(default=0.5, validator=ge(0.0))
     ki: float = field(default=0.5, validator=gt(0.0))
@@ -70,6 +74,7 @@ class NuPi:
 class Ascent:
     """lam <- [lam + rate v] per tick; with rate = 2 rho and a settled primal it is the method of multipliers."""
 
+    capturable: ClassVar[bool] = True
     rate: float = field(default=1.0, validator=gt(0.0))
     limit: float = field(default=LIMIT, validator=gt(0.0))
 

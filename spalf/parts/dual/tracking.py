@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from attrs import evolve, field, frozen
@@ -41,6 +41,7 @@ class AdrcTracking:
     `margin` moves the set point to v = -margin. `memory` and `delay` are in steps; `boost` = 1 leaves the tracking out.
     """
 
+    capturable: ClassVar[bool] = True
     observer: float = field(default=0.0, validator=and_(ge(0.0), le(1.0)))
     memory: float = field(default=12.0, validator=gt(0.0))
     delay: float = field(default=30.0, validator=ge(0.0))
