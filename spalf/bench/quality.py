@@ -34,8 +34,9 @@ def quality(
 ) -> tuple[Outcome, Path]:
     """Work on a suite's queue, then render `page`; what came of it, and the directory of its results.
 
-    `only` is a pattern of job names or several by commas, `jobs` how many work at once on each device, `peers` the
-    command of the peers' interpreter. With 0 `minutes` nothing is started. Raises RecipeError before anything is started, with all problems of the suite.
+    `only` is a pattern of job names, or several by commas, first ones first; `jobs` how many work at once on each
+    device; `peers` the command of the peers' interpreter. With 0 `minutes` nothing is started. Raises RecipeError
+    before anything is started, with all problems of the suite.
     """
     read_suite = read(suite)
     launch.device_of(device)

@@ -37,7 +37,7 @@ class Visit:
 
     out: Path
     only: str = "*"
-    """Patterns of job names, by commas."""
+    """Patterns of job names by commas; jobs of an earlier one come first."""
     jobs: int = 1
     """How many work at once on each device."""
     minutes: float = float("inf")
@@ -116,7 +116,7 @@ class Queue:
 
     def _reason(self, job: Job) -> str:
         """Why a job is not to be started now; "" where it is."""
-        if not self._is_asked_for(job):
+        if self._asked_for(job) is None:
             return "not asked for"
         failures = [line for line in self._lines if line["key"] == job.key and line["status"] == "error"]
         if len(failures) >= ATTEMPTS:
@@ -130,8 +130,10 @@ class Queue:
             return "does not fit into what is left of the minutes"
         return ""
 
-    def _is_asked_for(self, job: Job) -> bool:
-        return any(fnmatchcase(job.name, pattern.strip()) for pattern in self._visit.only.split(","))
+    def _asked_for(self, job: Job) -> int | None:
+        """Which pattern is the first that its name matches; None where none does."""
+        patterns = self._visit.only.split(",")
+        return next((i for i, pattern in enumerate(patterns) if fnmatchcase(job.name, pattern.strip())), None)
 
     def _pending(self) -> list[Job]:
         held = {one.job.key for one in self._running}
@@ -148,7 +150,9 @@ class Queue:
 
     # --------------------------------------------------------------------------------------------------- starting
     def _start(self) -> None:
-        pending = [job for job in self._pending() if not self._reason(job)]
+        pending = sorted(
+            (job for job in self._pending() if not self._reason(job)), key=lambda job: self._asked_for(job) or 0
+        )
         while pending:
             found = free(self._places, [one.place for one in self._running], self._visit.jobs)
             if found is None:
@@ -279,7 +283,7 @@ class Queue:
             line = latest.get(job.key)
             if line is not None and line["status"] == "done":
                 done.append(job.name)
-            elif line is not None and self._is_asked_for(job):
+            elif line is not None and self._asked_for(job) is not None:
                 failed[job.name] = str(line["error"])
             else:
                 left[job.name] = self._reason(job) or "was cut"

@@ -25,7 +25,7 @@ def quality(
     ctx: typer.Context,
     suite: Annotated[Path, typer.Argument(metavar="SUITE", help="A suite file.", show_default=False)],
     only: Annotated[
-        str, typer.Option("--only", metavar="GLOB", help="Jobs whose name matches; several by commas.")
+        str, typer.Option("--only", metavar="GLOB", help="Jobs whose name matches; several by commas, in order.")
     ] = "*",
     jobs: Annotated[int, typer.Option("--jobs", metavar="N", min=1, help="How many work at once on each device.")] = 1,
     minutes: Annotated[
