@@ -24,9 +24,7 @@ def add_to(group: typer.Typer) -> None:
 def quality(
     ctx: typer.Context,
     suite: Annotated[Path, typer.Argument(metavar="SUITE", help="A suite file.", show_default=False)],
-    only: Annotated[
-        str, typer.Option("--only", metavar="GLOB", help="Jobs whose name matches; several by commas, in order.")
-    ] = "*",
+    only: Annotated[str, typer.Option("--only", metavar="GLOBS", help="Jobs whose name matches, by commas.")] = "*",
     jobs: Annotated[int, typer.Option("--jobs", metavar="N", min=1, help="How many work at once on each device.")] = 1,
     minutes: Annotated[
         float | None,
