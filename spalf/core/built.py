@@ -89,6 +89,10 @@ class Metric(Protocol):
         """Rows or differences back: v W^-1."""
         ...
 
+    def rough_direction(self, v: White) -> Raw:
+        """`raw_direction` in the precision of `v`, bfloat16 too: angles between rows outlive the rounding."""
+        ...
+
     def raw_square(self, v: White) -> Tensor:
         """Sum of the squares of all entries of `raw_direction(v)` for rows [B, D], a scalar with graph."""
         ...
@@ -238,6 +242,7 @@ class Ops(Protocol):
     ) -> Tensor:
         """Mean over the sampled rows of the mean squared cosine between co-active features of `rows`; never F x F.
 
+        `direction` is linear; a backend may hand it rows in bfloat16, and it may answer in either precision.
         `draw` thins a row that has more active features than a Gram matrix is worth: a uniform subset, without bias.
         """
         ...

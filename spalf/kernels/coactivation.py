@@ -21,13 +21,13 @@ GRAM = 64
 
 
 class _Rows(torch.autograd.Function):
-    """weight[index] for an index [R, S], zeros where an entry is off; off entries give no gradient."""
+    """weight[index] for an index [R, S], in the precision of `low`; entries that are off give no gradient."""
 
     @staticmethod
     def forward(ctx: Any, weight_FD: Tensor, index_RS: Tensor, on_RS: Tensor, low_FD: Tensor, shares: Shares) -> Tensor:
         ctx.save_for_backward(index_RS, on_RS)
         ctx.shares, ctx.shape = shares, weight_FD.shape
-        return low_FD[torch.where(on_RS, index_RS, 0)].float()
+        return low_FD[torch.where(on_RS, index_RS, 0)]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -43,6 +43,24 @@ class _Rows(torch.autograd.Function):
             return None, None, None, None, None
         out = torch.zeros(width + 1, dim, device=grad_ND.device)
         return out.index_add_(0, listed_N1[:, 0], grad_ND.float())[:width], None, None, None, None
+
+
+class _Gram(torch.autograd.Function):
+    """x x' of each block [R, S, D], float32 even of bfloat16; it is symmetric, so that its gradient is one product."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RSD: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_RSD)
+        if rows_RSD.dtype != torch.bfloat16:
+            return rows_RSD @ rows_RSD.mT
+        if rows_RSD.is_cuda:
+            return torch.bmm(rows_RSD, rows_RSD.mT, out_dtype=torch.float32)
+        return rows_RSD.float() @ rows_RSD.float().mT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        rows_RSD: Tensor = ctx.saved_tensors[0]
+        return (grads[0] + grads[0].mT).to(rows_RSD.dtype) @ rows_RSD
 
 
 def _kept(index_RK: Tensor, on_RK: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -68,7 +86,7 @@ def coactivation(
     rows_RSD: Tensor = _Rows.apply(weight_FD, index_RS, on_RS, low_FD, shares)  # type: ignore[no-untyped-call]
     moved_RSD = direction(White(rows_RSD))
     # cos^2 from the Gram matrix alone, G_ij^2 / (G_ii G_jj): no normalised copy of the rows
-    gram_RSS = moved_RSD @ moved_RSD.mT
+    gram_RSS: Tensor = _Gram.apply(moved_RSD)  # type: ignore[no-untyped-call]
     on = on_RS.to(gram_RSS.dtype)
     inverse_RS = on / torch.where(on_RS, gram_RSS.diagonal(dim1=1, dim2=2), 1.0).clamp(min=1e-24)
     square_RSS = gram_RSS.square() * inverse_RS[:, :, None] * inverse_RS[:, None, :]

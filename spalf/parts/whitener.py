@@ -94,6 +94,10 @@ class Affine(nn.Module, ABC):
         """Rows or differences back: v W^-1."""
         return Raw(self.times_inverse(_precise(v)))
 
+    def rough_direction(self, v: White) -> Raw:
+        """`raw_direction` in the precision of `v`: of rows in bfloat16 too few digits are left to be undone."""
+        return Raw(self.times_inverse(v))
+
     def raw_square(self, v: White) -> Tensor:
         """||v W^-1||^2, summed over rows [B, D]: a scalar with graph."""
         return sum_of_squares(self.raw_direction(v))

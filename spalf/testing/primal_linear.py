@@ -82,6 +82,14 @@ def raw_square_is_that_of_raw_rows_and_so_is_its_gradient(component: Any) -> Non
     assert apart(grad, right) < 1e-3
 
 
+def rough_directions_are_raw_ones_up_to_rounding(component: Any) -> None:
+    metric = fitted(component, sample())
+    v = White(torch.randn(16, D, generator=torch.Generator().manual_seed(3)))
+    right = metric.raw_direction(v)
+    assert apart(metric.rough_direction(v), right) < 1e-6
+    assert apart(metric.rough_direction(White(v.bfloat16())).float(), right) < 0.02
+
+
 def directions_are_differences_of_points(component: Any) -> None:
     points_BD = Raw(sample().float())
     metric = fitted(component, sample())
@@ -138,6 +146,7 @@ def refuses_activations_that_do_not_vary(component: Any) -> None:
 WHITENER = (
     raw_undoes_white,
     raw_square_is_that_of_raw_rows_and_so_is_its_gradient,
+    rough_directions_are_raw_ones_up_to_rounding,
     directions_are_differences_of_points,
     both_maps_are_symmetric_and_well_conditioned,
     white_is_centred_and_no_more_spread_than_raw,

@@ -45,6 +45,9 @@ class ShiftMetric(nn.Module):
     def raw_direction(self, v: White) -> Raw:
         return Raw(v * self.scale.to(v.dtype))
 
+    def rough_direction(self, v: White) -> Raw:
+        return self.raw_direction(v)
+
     def raw_square(self, v: White) -> Tensor:
         return self.scale.square() * v.square().sum()
 
