@@ -10,8 +10,8 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from spalf.core.protocols import Activator, Metric
-from spalf.core.squares import affine
 from spalf.core.values import Code, Machine, White, per_entry
+from spalf.kernels.squares import affine
 
 
 class StratifiedAutoencoder(nn.Module):

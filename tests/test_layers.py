@@ -76,7 +76,7 @@ UNITS = {
 # `@triton.jit` needs triton where a kernel is written. Such a module is itself lazy: imported inside functions only.
 EAGER_KERNELS = names(
     "spalf.kernels spalf.kernels.reference spalf.kernels.compact spalf.kernels.layout spalf.kernels.screen "
-    "spalf.kernels.coherence"
+    "spalf.kernels.coherence spalf.kernels.squares"
 )
 
 

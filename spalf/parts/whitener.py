@@ -1,7 +1,6 @@
 """Whiteners: model space to whitened space and back, y = (x - mean) W and x = y W^-1 + mean.
 
-W and W^-1 are symmetric and made in float64 from S = U diag(l) U', then kept in float32. Shape letters: D d_model,
-K leading directions.
+W and W^-1 are symmetric, made in float64 from S = U diag(l) U', kept in float32. D d_model, K leading directions.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 
 from spalf.core.built import Metric
 from spalf.core.slots import whitener
-from spalf.core.squares import quadratic_form, sum_of_squares
 from spalf.core.values import Facts, Raw, White
 from spalf.errors import RunError
+from spalf.kernels.squares import quadratic_form, sum_of_squares
 
 
 @frozen(kw_only=True, eq=False)
@@ -65,10 +64,9 @@ class Affine(nn.Module, ABC):
         self.d_model = d_model
         self.register_buffer("mean_D", torch.zeros(d_model))
         self.register_buffer("spectrum_D", torch.ones(d_model, dtype=torch.float64))
-        for name, value in (("alpha", 0), ("rank", d_model), ("condition", 1)):
+        figures = {"alpha": 0, "rank": d_model, "condition": 1, "raw_variance": d_model, "white_variance": d_model}
+        for name, value in figures.items():
             self.register_buffer(name, torch.tensor(float(value), dtype=torch.float64))
-        for name in ("raw_variance", "white_variance"):
-            self.register_buffer(name, torch.tensor(float(d_model), dtype=torch.float64))
 
     @abstractmethod
     def times_W(self, v: Tensor) -> Tensor:
@@ -95,7 +93,6 @@ class Affine(nn.Module, ABC):
         return Raw(self.times_inverse(_precise(v)))
 
     def rough_direction(self, v: White) -> Raw:
-        """`raw_direction` in the precision of `v`: of rows in bfloat16 too few digits are left to be undone."""
         return Raw(self.times_inverse(v))
 
     def raw_square(self, v: White) -> Tensor:

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from spalf.core.recipe import Derived, Plan
 from spalf.core.slots import constraint, from_knob
-from spalf.core.squares import sum_of_squares
 from spalf.core.values import View, White
+from spalf.kernels.squares import sum_of_squares
 from spalf.parts.constraint.derived import measured
 
 
 def squared_error(view: View, space: str) -> Tensor:
     """Mean over rows of ||x - x_hat||^2 in raw or whitened coordinates, a scalar."""
-    error_BD = White(view.forward.white_BD - view.forward.white_hat_BD)
+    # In this order the reconstruction's gradient needs no change of sign, which would be a pass of its own.
+    error_BD = White(view.forward.white_hat_BD - view.forward.white_BD)
     total = view.metric.raw_square(error_BD) if space == "raw" else sum_of_squares(error_BD)
     return total / error_BD.shape[0]
 

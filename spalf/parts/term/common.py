@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from spalf.core.recipe import Plan
-from spalf.core.squares import sum_of_squares
 from spalf.core.values import Clock, Code, View, White
 from spalf.errors import Problem, RecipeError, RunError
+from spalf.kernels.squares import sum_of_squares
 
 
 def listed(value_F: Tensor, code: Code) -> Tensor:

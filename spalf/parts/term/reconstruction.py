@@ -31,7 +31,7 @@ class Mse:
     reduce: str = field(default="sum", validator=in_(("sum", "mean")))
 
     def value(self, view: View) -> Tensor:
-        error_BD = view.forward.white_BD - view.forward.white_hat_BD
+        error_BD = view.forward.white_hat_BD - view.forward.white_BD  # no change of sign in its gradient
         return self.weight / (error_BD.shape[1] if self.reduce == "mean" else 1) * mean_square(error_BD)
 
 
@@ -51,7 +51,7 @@ class RelativeMse:
 
     def value(self, view: View) -> Tensor:
         forward = view.forward
-        error = self._mean_square(view, White(forward.white_BD - forward.white_hat_BD))
+        error = self._mean_square(view, White(forward.white_hat_BD - forward.white_BD))
         if self.over == "data":
             total = view.metric.variance(self.space).detach()
         else:
@@ -106,12 +106,12 @@ class Nested:
         sae, code, white_BD = view.sae, view.forward.code, view.forward.white_BD
         ends = self._ends(code.width)
         weights = self.weights or (1.0,) * len(ends)
-        total = weights[-1] * mean_square(white_BD - view.forward.white_hat_BD)
+        total = weights[-1] * mean_square(view.forward.white_hat_BD - white_BD)
         prefix_BD: Tensor = sae.b_dec_D
         z_BF = code.dense()
         for begin, end, weight in zip((0, *ends), ends[:-1], weights, strict=False):
             prefix_BD = prefix_BD + decoded(view, z_BF[:, begin:end], slice(begin, end))
-            total = total + weight * mean_square(white_BD - prefix_BD)
+            total = total + weight * mean_square(prefix_BD - white_BD)
         return total / (len(ends) if self.average else 1) / (white_BD.shape[1] if self.reduce == "mean" else 1)
 
     def _ends(self, width: int) -> tuple[int, ...]:
@@ -144,4 +144,4 @@ class GatedAux:
         held = [sae.log_gain.exp(), sae.W_dec_FD, sae.b_dec_D]
         gain, weight_FD, bias_D = (x.detach() for x in held) if self.frozen else held
         hat_BD = gain * sae.machine.mesh.sum(z_BF @ weight_FD) + bias_D
-        return self.weight * mean_square(view.forward.white_BD - hat_BD)
+        return self.weight * mean_square(hat_BD - view.forward.white_BD)

@@ -1,11 +1,38 @@
-"""Sums of squares in two passes over the data, one forward and one back; plain autograd takes six."""
+"""Sums of squares in two passes over the data, one forward and one back; plain autograd takes six.
+
+On CUDA the scalars stay on the device, and the passes that multiply by them are Triton's where it can run.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@cache
+def _triton() -> Any:
+    return importlib.import_module("spalf.kernels.affine") if importlib.util.find_spec("triton") else None
+
+
+def _passes(*tensors: Tensor) -> Any:
+    """The Triton passes where they can take these tensors; None: plain torch has to do."""
+    for t in tensors:
+        if not t.is_cuda or t.dtype != torch.float32 or not t.is_contiguous() or t.numel() == 0:
+            return None
+    # Triton launches where the process is, not where the tensors are.
+    return _triton() if tensors[0].get_device() == torch.cuda.current_device() else None
+
+
+def _doubled(v: Tensor, by: Tensor) -> Tensor:
+    """2 by v, `by` a scalar."""
+    passes = _passes(v, by)
+    out: Tensor = v * (2 * by) if passes is None else passes.double(v, by)
+    return out
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -22,7 +49,7 @@ class _Squares(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         v: Tensor = ctx.saved_tensors[0]
-        return v * (2 * grads[0])
+        return _doubled(v, grads[0])
 
 
 class _Quadratic(torch.autograd.Function):
@@ -35,20 +62,25 @@ class _Quadratic(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         half_BD: Tensor = ctx.saved_tensors[0]
-        return half_BD * (2 * grads[0]), None
+        return _doubled(half_BD, grads[0]), None
 
 
 class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v_BD: Tensor, gain: Tensor, shift_D: Tensor) -> Tensor:
         ctx.save_for_backward(v_BD, gain)
-        return torch.addcmul(shift_D, v_BD, gain)
+        passes = _passes(v_BD, gain, shift_D)
+        out: Tensor = torch.addcmul(shift_D, v_BD, gain) if passes is None else passes.forward(v_BD, gain, shift_D)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         v_BD, gain = ctx.saved_tensors
         grad_BD = grads[0]
-        needs = ctx.needs_input_grad
+        needs, passes = ctx.needs_input_grad, _passes(grad_BD, v_BD, gain)
+        if passes is not None and all(needs):
+            to_v_BD, to_gain, to_shift_D = passes.backward(grad_BD, v_BD, gain)
+            return to_v_BD, to_gain, to_shift_D
         return (
             grad_BD * gain if needs[0] else None,
             _dot(grad_BD, v_BD) if needs[1] else None,

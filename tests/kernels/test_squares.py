@@ -2,7 +2,7 @@
 
 import torch
 
-from spalf.core.squares import affine, quadratic_form, sum_of_squares
+from spalf.kernels.squares import affine, quadratic_form, sum_of_squares
 
 
 def test_values_and_gradients_are_those_of_autograd() -> None:

@@ -1,0 +1,102 @@
+"""Small passes on the GPU: over all of [B, D] at the speed of memory, and over the parameters that are vectors.
+
+Written as `device` is. Torch's own kernels for these broadcast a scalar that lies on the device, without vector loads,
+and its fused Adam gives one block of threads 65,536 elements.
+"""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from spalf.kernels.device import _adam, count_step
+
+
+@triton.jit
+def scale(v, by, out, total, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """out = FACTOR by v for a scalar `by` on the device."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < total
+    tl.store(out + at, tl.load(v + at, mask=inside, other=0.0) * (FACTOR * tl.load(by)), mask=inside)
+
+
+@triton.jit
+def affine(v, gain, shift, out, rows, dim, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out = gain v + shift, gain a scalar on the device and shift a row."""
+    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    at = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (b < rows)[:, None] & (at < dim)[None, :]
+    here = b.to(tl.int64)[:, None] * dim + at[None, :]
+    add = tl.load(shift + at, mask=at < dim, other=0.0)
+    tl.store(out + here, add[None, :] + tl.load(gain) * tl.load(v + here, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
+def affine_back(
+    grad, v, gain, to_v, sums, dots, rows, dim,
+    ROWS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradients of `affine` in one pass: to_v = gain grad, and over ROWS rows and a slice of columns, for `fold`,
+    the sum of each column of `grad` and of grad v."""
+    at = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    times = tl.load(gain)
+    column = tl.zeros((BLOCK_B, BLOCK_D), dtype=tl.float32)
+    dot = tl.zeros((BLOCK_B, BLOCK_D), dtype=tl.float32)
+    for start in range(0, ROWS, BLOCK_B):
+        b = tl.program_id(0) * ROWS + start + tl.arange(0, BLOCK_B)
+        inside = (b < rows)[:, None] & (at < dim)[None, :]
+        here = b.to(tl.int64)[:, None] * dim + at[None, :]
+        g = tl.load(grad + here, mask=inside, other=0.0)
+        x = tl.load(v + here, mask=inside, other=0.0)
+        tl.store(to_v + here, g * times, mask=inside)
+        column += g
+        dot += g * x
+    tl.store(sums + tl.program_id(0).to(tl.int64) * dim + at, tl.sum(column, axis=0), mask=at < dim)
+    part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(dots + part, tl.sum(tl.sum(dot, axis=0), axis=0))
+
+
+@triton.jit
+def fold(sums, dots, to_shift, to_gain, parts, products, dim, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The sum of what `affine_back` left, in one order: `parts` rows of column sums, `products` dots."""
+    at = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
+    for start in range(0, parts, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        inside = (p < parts)[:, None] & (at < dim)[None, :]
+        total += tl.load(sums + p.to(tl.int64)[:, None] * dim + at[None, :], mask=inside, other=0.0)
+    tl.store(to_shift + at, tl.sum(total, axis=0), mask=at < dim)
+    if tl.program_id(0) == 0:
+        dot = tl.zeros((BLOCK_P * BLOCK_D,), dtype=tl.float32)
+        for start in range(0, products, BLOCK_P * BLOCK_D):
+            n = start + tl.arange(0, BLOCK_P * BLOCK_D)
+            dot += tl.load(dots + n, mask=n < products, other=0.0)
+        tl.store(to_gain, tl.sum(dot, axis=0))
+
+
+@triton.jit
+def count_steps(steps, rates, skip, hyper, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr):
+    """`count_step` for a tuple of parameters, a program each; `hyper` takes 7 numbers a parameter."""
+    for i in tl.static_range(len(steps)):
+        if tl.program_id(0) == i:
+            count_step(steps[i], skip, rates[i], hyper + 7 * i, BETA1, BETA2, EPS)
+
+
+@triton.jit
+def adam_vectors(weights, grads, moments1, moments2, sizes, hyper, skip, BLOCK: tl.constexpr):
+    """One Adam step of a tuple of parameters, which `hyper` describes one after the other; none where `skip` is not 0.
+
+    The second axis of the grid is the parameter.
+    """
+    if tl.load(skip) == 0:
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        for i in tl.static_range(len(weights)):
+            if tl.program_id(1) == i:
+                inside = at < sizes[i]
+                w = tl.load(weights[i] + at, mask=inside, other=0.0)
+                g = tl.load(grads[i] + at, mask=inside, other=0.0)
+                m = tl.load(moments1[i] + at, mask=inside, other=0.0)
+                v = tl.load(moments2[i] + at, mask=inside, other=0.0)
+                w = _adam(w, g, m, v, moments1[i], moments2[i], at, inside, hyper + 7 * i, False)
+                tl.store(weights[i] + at, w, mask=inside)
