@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from spalf.core.values import White
-from spalf.kernels import device
-from spalf.kernels.lists import Lists
+from spalf.kernels import device, passes
+from spalf.kernels.lists import Lists, power_of_2
 from spalf.kernels.update import Away, Pull, Shares, row_block
 
 GRAM = 64
@@ -45,22 +45,44 @@ class _Rows(torch.autograd.Function):
         return out.index_add_(0, listed_N1[:, 0], grad_ND.float())[:width], None, None, None, None
 
 
-class _Gram(torch.autograd.Function):
-    """x x' of each block [R, S, D], float32 even of bfloat16; it is symmetric, so that its gradient is one product."""
+class _Cosines(torch.autograd.Function):
+    """Mean over samples of the mean squared cosine of rows [R, S, D] that are on; samples with a pair count.
+
+    From the Gram matrices alone, G_ij^2 / (G_ii G_jj): no normalised copy of the rows. They are float32 even of rows in
+    bfloat16, and symmetric, so that their gradient at the rows is one product.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows_RSD: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_RSD)
-        if rows_RSD.dtype != torch.bfloat16:
-            return rows_RSD @ rows_RSD.mT
-        if rows_RSD.is_cuda:
-            return torch.bmm(rows_RSD, rows_RSD.mT, out_dtype=torch.float32)
-        return rows_RSD.float() @ rows_RSD.float().mT
+    def forward(ctx: Any, rows_RSD: Tensor, on_RS: Tensor) -> Tensor:
+        (samples, size), gram_RSS = on_RS.shape, _gram(rows_RSD)
+        out_2R, force_RSS = torch.empty((2, samples), device=on_RS.device), torch.empty_like(gram_RSS)
+        passes.cosines[(samples,)](
+            gram_RSS,
+            on_RS.contiguous().view(torch.uint8),
+            out_2R,
+            force_RSS,
+            samples,
+            size,
+            BLOCK_S=power_of_2(size, 16, GRAM),
+        )
+        total, counted = out_2R.sum(1).unbind()
+        counted = counted.clamp(min=1)
+        ctx.save_for_backward(rows_RSD, force_RSS, counted)
+        return total / counted
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        rows_RSD: Tensor = ctx.saved_tensors[0]
-        return (grads[0] + grads[0].mT).to(rows_RSD.dtype) @ rows_RSD
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        rows_RSD, force_RSS, counted = ctx.saved_tensors
+        return (force_RSS * (2 * grads[0] / counted)).to(rows_RSD.dtype) @ rows_RSD, None
+
+
+def _gram(rows_RSD: Tensor) -> Tensor:
+    """x x' of each block, float32."""
+    if rows_RSD.dtype != torch.bfloat16:
+        return rows_RSD @ rows_RSD.mT
+    if rows_RSD.is_cuda:
+        return torch.bmm(rows_RSD, rows_RSD.mT, out_dtype=torch.float32)
+    return rows_RSD.float() @ rows_RSD.float().mT
 
 
 def _kept(index_RK: Tensor, on_RK: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -85,15 +107,8 @@ def coactivation(
     index_RS, on_RS = _kept(index_RK, on_RK, draw)
     rows_RSD: Tensor = _Rows.apply(weight_FD, index_RS, on_RS, low_FD, shares)  # type: ignore[no-untyped-call]
     moved_RSD = direction(White(rows_RSD))
-    # cos^2 from the Gram matrix alone, G_ij^2 / (G_ii G_jj): no normalised copy of the rows
-    gram_RSS: Tensor = _Gram.apply(moved_RSD)  # type: ignore[no-untyped-call]
-    on = on_RS.to(gram_RSS.dtype)
-    inverse_RS = on / torch.where(on_RS, gram_RSS.diagonal(dim1=1, dim2=2), 1.0).clamp(min=1e-24)
-    square_RSS = gram_RSS.square() * inverse_RS[:, :, None] * inverse_RS[:, None, :]
-    squared_R = square_RSS.sum((1, 2)) - square_RSS.diagonal(dim1=1, dim2=2).sum(1)
-    k_R = on.sum(1)
-    pairs_R = k_R * (k_R - 1)
-    return (squared_R / pairs_R.clamp(min=1)).sum() / (pairs_R > 0).sum().clamp(min=1)
+    out: Tensor = _Cosines.apply(moved_RSD, on_RS)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _Distance(torch.autograd.Function):

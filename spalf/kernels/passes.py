@@ -76,6 +76,33 @@ def fold(sums, dots, to_shift, to_gain, parts, products, dim, BLOCK_P: tl.conste
 
 
 @triton.jit
+def cosines(gram, on, out, force, samples, size, BLOCK_S: tl.constexpr):
+    """Of each Gram matrix [S, S], a program each: the mean squared cosine of its pairs that are on, how many such means
+    there are (0 or 1), and the gradient of the mean at the matrix.
+
+    With u = on / G_ii it is the mean over i != j of P_ij = G_ij^2 u_i u_j, whose gradient at G_ij is 2 G_ij u_i u_j and
+    at G_ii -2 u_i sum_j P_ij, over the number of pairs.
+    """
+    r = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK_S)
+    inside = at < size
+    here = r * size * size + at[:, None] * size + at[None, :]
+    both = inside[:, None] & inside[None, :]
+    is_on = (tl.load(on + r * size + at, mask=inside, other=0) != 0).to(tl.float32)
+    square = tl.load(gram + r * size * size + at * (size + 1), mask=inside, other=1.0)
+    u = is_on / tl.maximum(tl.where(is_on > 0, square, 1.0), 1e-24)
+    g = tl.load(gram + here, mask=both & (at[:, None] != at[None, :]), other=0.0)
+    k = tl.sum(is_on, axis=0)
+    share = 1.0 / tl.maximum(k * (k - 1.0), 1.0)
+    slope = g * u[:, None] * u[None, :]
+    sum_of = tl.sum(g * slope, axis=1)
+    tl.store(out + r, tl.sum(sum_of, axis=0) * share)
+    tl.store(out + samples + r, (k > 1.0).to(tl.float32))
+    down = tl.where(at[:, None] == at[None, :], (u * sum_of)[:, None], 0.0)
+    tl.store(force + here, 2.0 * share * (slope - down), mask=both)
+
+
+@triton.jit
 def count_steps(steps, rates, skip, hyper, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr):
     """`count_step` for a tuple of parameters, a program each; `hyper` takes 7 numbers a parameter."""
     for i in tl.static_range(len(steps)):

@@ -56,3 +56,16 @@ def test_value_and_gradient_are_those_of_the_cosines(dtype: torch.dtype, toleran
     (grad_FD,), (right_FD,) = torch.autograd.grad(ours, weight_FD), torch.autograd.grad(right, exact_FD)
     assert grad_FD.dtype == torch.float32
     assert float((grad_FD - right_FD).norm() / right_FD.norm()) < tolerance
+
+
+def test_without_a_pair_it_is_zero_and_so_is_its_gradient() -> None:
+    low_FD, index_RK, on_RK, _ = sampled()
+    on_RK = on_RK & (torch.arange(9, device=DEVICE) == 3)
+    weight_FD = low_FD.float().requires_grad_(True)
+    draw = torch.Generator(DEVICE)
+    value = coactivation.coactivation(
+        index_RK, on_RK, weight_FD, weight_FD.detach(), lambda v: v, draw, update.Shares()
+    )
+    assert float(value.detach()) == 0.0
+    (grad_FD,) = torch.autograd.grad(value, weight_FD)
+    assert not grad_FD.any()
