@@ -21,6 +21,8 @@ def _triton() -> Any:
 
 def _passes(*tensors: Tensor) -> Any:
     """The Triton passes where they can take these tensors; None: plain torch has to do."""
+    if torch.is_grad_enabled():  # somebody differentiates a gradient: kernels leave no graph
+        return None
     for t in tensors:
         if not t.is_cuda or t.dtype != torch.float32 or not t.is_contiguous() or t.numel() == 0:
             return None

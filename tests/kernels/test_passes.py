@@ -81,6 +81,11 @@ def test_a_part_that_is_frozen_takes_no_gradient(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(v_BD.grad, gain.expand_as(v_BD))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA they are the kernels'")
-def test_a_cpu_keeps_torch() -> None:
-    assert squares._passes(torch.ones(2, 2)) is None
+def test_who_computes() -> None:
+    v_BD = torch.ones(2, 3, device=DEVICE)
+    assert squares._passes(v_BD) is None  # a graph is being made
+    with torch.no_grad():
+        assert (squares._passes(v_BD) is affine) == v_BD.is_cuda
+        assert squares._passes(v_BD.double()) is None
+        assert squares._passes(v_BD, v_BD.T) is None
+        assert squares._passes(v_BD[:0]) is None

@@ -19,6 +19,7 @@ def test_values_and_gradients_are_those_of_autograd() -> None:
     assert torch.autograd.gradcheck(sum_of_squares, (v,))
     assert torch.autograd.gradcheck(lambda x: quadratic_form(x, form), (v,))
     assert torch.autograd.gradcheck(affine, (v, gain, shift))
+    assert torch.autograd.gradgradcheck(affine, (v, gain, shift))
 
 
 def test_a_frozen_gain_takes_no_gradient() -> None:
