@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spalf.kernels.device import _adam, count_step
+from spalf.kernels.device import count_step
 
 
 @triton.jit
@@ -111,10 +111,13 @@ def count_steps(steps, rates, skip, hyper, BETA1: tl.constexpr, BETA2: tl.conste
 
 
 @triton.jit
-def adam_vectors(weights, grads, moments1, moments2, sizes, hyper, skip, BLOCK: tl.constexpr):
+def adam_vectors(
+    weights, grads, moments1, moments2, sizes, hyper, skip,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One Adam step of a tuple of parameters, which `hyper` describes one after the other; none where `skip` is not 0.
 
-    The second axis of the grid is the parameter.
+    The second axis of the grid is the parameter. The constants are the compiler's, so that 1 - beta is rounded once.
     """
     if tl.load(skip) == 0:
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -125,5 +128,11 @@ def adam_vectors(weights, grads, moments1, moments2, sizes, hyper, skip, BLOCK: 
                 g = tl.load(grads[i] + at, mask=inside, other=0.0)
                 m = tl.load(moments1[i] + at, mask=inside, other=0.0)
                 v = tl.load(moments2[i] + at, mask=inside, other=0.0)
-                w = _adam(w, g, m, v, moments1[i], moments2[i], at, inside, hyper + 7 * i, False)
+                # Whichever way the smaller number is added: with a beta of 0 the mean is g itself.
+                m = g - (g - m) * BETA1 if BETA1 < 0.5 else m + (g - m) * (1.0 - BETA1)
+                v = BETA2 * v + (1.0 - BETA2) * g * g
+                rate = tl.load(hyper + 7 * i) / tl.load(hyper + 7 * i + 4)
+                w -= rate * m / (tl.sqrt(v) / tl.load(hyper + 7 * i + 5) + EPS)
                 tl.store(weights[i] + at, w, mask=inside)
+                tl.store(moments1[i] + at, m, mask=inside)
+                tl.store(moments2[i] + at, v, mask=inside)

@@ -9,7 +9,7 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from spalf.core.state import Learner
-from spalf.kernels import device
+from spalf.kernels import device, vectors
 from spalf.kernels.lists import ByFeature, Lists, nothing, power_of_2, turn_over
 
 
@@ -261,8 +261,7 @@ def update_(
 
 
 def _others(learner: Learner, skip: Tensor) -> None:
-    """The optimizer's own step on what has a gradient left; torch's fused Adam takes the no-op flag too."""
-    optimizer: Any = learner.optimizer
-    optimizer.found_inf, optimizer.grad_scale = skip, None
-    optimizer.step()
-    del optimizer.found_inf, optimizer.grad_scale
+    """The same rule for all else that has a gradient."""
+    groups = learner.optimizer.param_groups
+    left = [(p, group) for group in groups for p in group["params"] if p.grad is not None]
+    vectors.step_([vectors.Vector(p, group, *_moments(learner, p, torch.float32)) for p, group in left], skip)
