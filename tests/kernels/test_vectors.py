@@ -50,8 +50,8 @@ def ours_(made: torch.optim.Adam, skip: float = 0.0) -> None:
 
 
 def told(made: torch.optim.Adam) -> dict[str, Tensor]:
-    state = {f"{i}.{k}": v for i, p in enumerate(parameters(made)) for k, v in made.state[p].items()}
-    return {**{str(i): p.detach().clone() for i, p in enumerate(parameters(made))}, **state}
+    state = {f"{i}.{k}": v.cpu() for i, p in enumerate(parameters(made)) for k, v in made.state[p].items()}
+    return {**{str(i): p.detach().clone().cpu() for i, p in enumerate(parameters(made))}, **state}
 
 
 @pytest.mark.parametrize("rates_on_device", [False, True])
@@ -102,4 +102,4 @@ def test_a_first_step_is_the_rate() -> None:
     ours_(made)
     for i, group in enumerate(made.param_groups):
         moved = told(made)[str(i)] - before[str(i)]
-        torch.testing.assert_close(moved, torch.full_like(moved, group["lr"]), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(moved, torch.full_like(moved, float(group["lr"])), rtol=1e-4, atol=1e-6)
