@@ -77,8 +77,10 @@ def test_either_continues_from_the_other_s_state() -> None:
             give(made, step)
             ours_(made) if by_us else made.step()
     right = told(plain)
+    # On CUDA torch takes 1 - beta2 in float32, 1.3e-5 beside the number it stands for.
+    rtol = 4e-5 if DEVICE.type == "cuda" else 1e-5
     for name, value in told(ours).items():
-        torch.testing.assert_close(value, right[name], rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(value, right[name], rtol=rtol, atol=1e-6, msg=name)
 
 
 def test_a_step_that_is_skipped_changes_nothing() -> None:
