@@ -107,19 +107,30 @@ class Sequences:
             yield evolve(self, tokens_ST=self.tokens_ST[part], real_ST=self.real_ST[part], document_ST=document_ST)
 
 
-def per_feature(value_BK: Tensor, index_BK: Tensor | None, width: int) -> Tensor:
+def per_feature(value_BK: Tensor, index_BK: Tensor | None, width: int, in_order: bool = False) -> Tensor:
     """Sum over rows of one value per entry, [width]; what stands at padding is dropped.
 
-    On CUDA by atomics, whose order changes the last bit of a float from run to run.
+    On CUDA by atomics, whose order changes the last bit of a float from run to run; not so `in_order`, or where torch's
+    deterministic algorithms are on, at the price of a sort.
     """
     if index_BK is None:
         return value_BK.sum(0)
     index_N, spare = index_BK.reshape(-1), 1
     if value_BK.is_cuda:
+        if value_BK.is_floating_point() and (in_order or torch.are_deterministic_algorithms_enabled()):
+            return sorted_sums(value_BK.reshape(-1), index_N, width)
         # Padding is most of a list: spread over many sums, for the atomics of a single one would queue.
         spare = 1024
         index_N = index_N + (index_N == width) * (torch.arange(len(index_N), device=index_N.device) % spare)
     return value_BK.new_zeros(width + spare).index_add_(0, index_N, value_BK.reshape(-1))[:width]
+
+
+def sorted_sums(value_N: Tensor, index_N: Tensor, width: int) -> Tensor:
+    """out[f] = sum of the values whose index is f, each in the order of the list; an index of `width` is dropped."""
+    sorted_N, from_N = torch.sort(index_N, stable=True)
+    edges_F1 = torch.searchsorted(sorted_N, torch.arange(width + 1, device=index_N.device))
+    # Unsafe: what it leaves out is a look at the offsets, for which it would wait.
+    return torch.segment_reduce(value_N[from_N], "sum", offsets=edges_F1, initial=0.0, unsafe=True)
 
 
 class _PerEntry(torch.autograd.Function):
@@ -131,7 +142,7 @@ class _PerEntry(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return per_feature(grads[0], ctx.saved_tensors[0], ctx.width), None
+        return per_feature(grads[0], ctx.saved_tensors[0], ctx.width, in_order=True), None
 
 
 def per_entry(value_F: Tensor, index_BK: Tensor | None) -> Tensor:

@@ -70,10 +70,10 @@ def jump(pre, index, count, theta, z, gate, fired, capacity, BLOCK: tl.constexpr
 @triton.jit
 def jump_back(
     pre, index, count, theta, width, grad_z, grad_gate, to_pre, to_log, capacity,
-    HAS_Z: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_Z: tl.constexpr, HAS_GATE: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of `jump`: gz 1[p > theta] at p, and -theta (theta gz + gh) 1[|p - theta| < w/2] / w at log theta,
-    summed over rows by atomics; `width` is w."""
+    """The gradients of `jump`: gz 1[p > theta] at p, and -theta (theta gz + gh) 1[|p - theta| < w/2] / w at log theta;
+    `width` is w. With `SUMS` the latter is summed over rows by atomics, else `to_log` takes it entry by entry."""
     row = tl.program_id(0).to(tl.int64)
     listed = tl.minimum(tl.load(count + row), capacity)
     for start in range(0, capacity, BLOCK):
@@ -91,7 +91,10 @@ def jump_back(
         if HAS_GATE:
             force += tl.load(grad_gate + at, mask=here, other=0.0)
         inside = here & (p > edge - w / 2) & (p < edge + w / 2) & (force != 0.0)
-        tl.atomic_add(to_log + f, -edge / w * force, mask=inside, sem="relaxed")
+        if SUMS:
+            tl.atomic_add(to_log + f, -edge / w * force, mask=inside, sem="relaxed")
+        else:
+            tl.store(to_log + at, tl.where(inside, -edge / w * force, 0.0), mask=k < capacity)
 
 
 @triton.jit

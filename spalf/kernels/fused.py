@@ -118,6 +118,8 @@ class FusedOps:
     """In which the two matrices' moments are kept: float32, or bfloat16 rounded at random."""
     replay: bool = True
     """Whether a step may be recorded."""
+    deterministic: bool = False
+    """Whether every sum has one order."""
     _capacity: Capacity = field(factory=Capacity)
     _shares: update.Shares = field(factory=update.Shares)
     _shadows: dict[str, tuple[int, int, Tensor]] = field(factory=dict)
@@ -198,7 +200,7 @@ class FusedOps:
         if plain is None:
             z_BK, gate_BK = sae.activator(pre_BK, found.index_BK)
         else:
-            z_BK, gate_BK, fired_F = jump.jump(pre_BK, found, *plain)
+            z_BK, gate_BK, fired_F = jump.jump(pre_BK, found, *plain, in_order=self.deterministic)
         return Code(
             pre_BK=pre_BK,
             gate_BK=gate_BK,

@@ -114,12 +114,15 @@ class Triton:
     `adam` without clipping and every stratum says whether its rows are on the unit sphere. `compute` as in `torch`.
     `moments`: the precision in which that step keeps Adam's two moments of the matrices. "bfloat16", rounded at random,
     takes 8 bytes a weight off the 26 that a step moves. `replay`: record a step whose parts all allow it as a CUDA
-    graph; the numbers are the same, and the host no longer launches kernels one by one.
+    graph; the numbers are the same, and the host no longer launches kernels one by one. `deterministic`: thresholds'
+    gradients, too, are summed in one order, so that runs of a plain JumpReLU have the same bits on the same GPU; a step
+    sorts its entries once more.
     """
 
     compute: str = field(default="auto", validator=in_(("auto", "float32", "bfloat16")))
     moments: str = field(default="float32", validator=in_(("float32", "bfloat16")))
     replay: bool = True
+    deterministic: bool = False
 
     def ops(self, device: torch.device) -> Ops:
         """Raises RunError where Triton cannot run on `device`."""
@@ -135,7 +138,10 @@ class Triton:
                 f'kernel.compute: {device} cannot multiply "bfloat16" into float32 (set "float32", or "auto")'
             )
         ops: Ops = fused.FusedOps(
-            compute="bfloat16" if reduced else "float32", moments=getattr(torch, self.moments), replay=self.replay
+            compute="bfloat16" if reduced else "float32",
+            moments=getattr(torch, self.moments),
+            replay=self.replay,
+            deterministic=self.deterministic,
         )
         return ops
 

@@ -154,10 +154,28 @@ def test_a_fused_step_is_the_optimizer_s_step(
 
 
 @pytest.mark.slow
-def test_the_sums_of_a_step_have_one_order() -> None:
-    one, two = (trained(fused.FusedOps(compute="float32"), SHAPES[1]) for _ in range(2))
+@pytest.mark.parametrize("shape", [SHAPES[1], *(shape for shape, _ in BIG)])
+def test_deterministic_sums_have_one_order(shape: tuple[int, int, int]) -> None:
+    one, two = (trained(fused.FusedOps(compute="float32", deterministic=True), shape, refine=True) for _ in range(2))
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+@pytest.mark.slow
+def test_the_sums_of_the_matrices_have_one_order_in_any_case() -> None:
+    one, two = (trained(fused.FusedOps(compute="float32"), SHAPES[1], steps=1) for _ in range(2))
     for name in ("W_enc_FD", "W_dec_FD", "b_enc_F"):
         assert torch.equal(one[name], two[name]), name
+
+
+def test_a_threshold_s_gradient_is_the_same_sum_in_order() -> None:
+    atomics, ordered = (
+        gradients(fused.FusedOps(compute="float32", deterministic=mode), SHAPES[1], 5, torch.float32)
+        for mode in (False, True)
+    )
+    name = "_activator.log_threshold_F"
+    assert atomics[name].any()
+    torch.testing.assert_close(ordered[name], atomics[name])
 
 
 def test_a_step_leaves_the_distances_that_a_pass_over_the_rows_would_find() -> None:
