@@ -1,0 +1,69 @@
+"""The README's figures are those of the files that the benchmark pages are made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spalf.bench import results
+from spalf.bench.suite import read
+from spalf.bench.summary import against, current, rows
+
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs/benchmarks"
+
+
+def block(name: str) -> list[list[str]]:
+    """The body of README's table between two markers, by cells."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = text.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip().splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def speed() -> dict[str, dict[str, Any]]:
+    held = json.loads((PAGES / "speed/h100-peers.json").read_text(encoding="utf-8"))
+    return {row["name"]: row for row in held["shapes"][0]["rows"]}
+
+
+def test_speed() -> None:
+    measured = speed()
+    names = {"spalf, moments in bfloat16": "spalf triton:moments=bfloat16", "spalf": "spalf triton"}
+    ours = measured["spalf triton:moments=bfloat16"]
+    assert max(ours["ms"], ours["ms_streaming"]) == ours["ms"]
+    for name, ms, ratio in block("speed"):
+        row = measured[names.get(name, name)]
+        assert ms == f"{row['ms']:.2f}", name
+        if ratio:
+            # Theirs is the faster of its two times, as on the page.
+            assert ratio == f"{min(row['ms'], row['ms_streaming']) / ours['ms']:.1f}x", name
+        else:
+            assert name in names
+
+
+def test_quality() -> None:
+    suite = read(ROOT / "recipes/bench/neox_27m.toml")
+    every = rows(suite, current(suite, results.read(PAGES / "quality/neox_27m")))
+    told = block("quality")
+    refined = [row for row in every if row.method.name == "fit_refined"]
+    assert len(told) == len(refined) == 4
+    for cells, row in zip(told, refined, strict=True):
+        fvu, gap = (against(row, every, measure) for measure in ("fvu", "ce_gap"))
+        assert fvu is not None
+        assert gap is not None
+        assert {fvu.peer, gap.peer} == {"TopK (dictionary_learning)"}
+        assert not fvu.is_extrapolated
+        means = {name: row.mean(name) for name in ("l0", "fvu", "ce_gap")}
+        assert None not in means.values()
+        wanted = [f"{row.setting:.3f}", f"{1 - means['fvu']:.3f}", f"{means['l0']:.1f}", f"{means['fvu']:.3f}"]  # type: ignore[operator]
+        assert cells == [*wanted, f"{fvu.ratio:.2f}", f"{means['ce_gap']:.3f}", f"{gap.ratio:.2f}"]
+        assert row.seeds == (0, 1, 2)
+
+
+def test_the_page_is_made_of_its_lines(tmp_path: Path) -> None:
+    from spalf.bench.render import render
+
+    suite = read(ROOT / "recipes/bench/neox_27m.toml")
+    render(suite, results.read(PAGES / "quality/neox_27m"), tmp_path / "quality.md")
+    made, page = ((path / "quality.md").read_text(encoding="utf-8") for path in (tmp_path, PAGES))
+    assert made.strip() in page, "render docs/benchmarks/quality.md anew, as it says itself"
