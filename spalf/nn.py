@@ -75,7 +75,7 @@ class StratifiedAutoencoder(nn.Module):
             return code
         error_BD = White(white_BD - self.decode(code))
         pull_BK = self.machine.ops.correlate(code, error_BD @ self.form_DD, self)
-        step_BK = per_entry(step_F, code.index_BK)
+        step_BK = per_entry(step_F, code.index_BK, self.machine.ops.deterministic)
         moved_BK = (code.z_BK + step_BK * pull_BK / self.log_gain.exp()).relu()
         # An entry that is off keeps its z of 0 and that z's gradient, which the threshold's surrogate needs.
         return evolve(code, z_BK=code.z_BK + code.gate_BK.detach() * (moved_BK - code.z_BK))

@@ -32,7 +32,8 @@ def places(device: str) -> tuple[Place, ...]:
     if count == 1:
         return (Place(name="cuda", device="cuda"),)
     known = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    ids = [word.strip() for word in known.split(",")] if known else [str(i) for i in range(count)]
+    # CUDA reads ids up to the first that it does not know.
+    ids = [word.strip() for word in known.split(",")][:count] if known else [str(i) for i in range(count)]
     return tuple(
         Place(name=f"cuda:{i}", device="cuda", environment={"CUDA_VISIBLE_DEVICES": one}) for i, one in enumerate(ids)
     )

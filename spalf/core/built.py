@@ -218,6 +218,8 @@ class Ops(Protocol):
     """A backend's surface; kernels/reference.py is the oracle of each."""
 
     name: str
+    deterministic: bool
+    """Whether it is asked to sum in one order, the same in every run."""
     bounded: bool
     """Whether its lists have a fixed length, so that a training step may overflow; `update` then changes nothing."""
 

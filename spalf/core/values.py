@@ -135,24 +135,24 @@ def sorted_sums(value_N: Tensor, index_N: Tensor, width: int) -> Tensor:
 
 class _PerEntry(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value_F: Tensor, index_BK: Tensor) -> Tensor:
+    def forward(ctx: Any, value_F: Tensor, index_BK: Tensor, in_order: bool) -> Tensor:
         ctx.save_for_backward(index_BK)
-        ctx.width = value_F.shape[0]
+        ctx.width, ctx.in_order = value_F.shape[0], in_order
         return torch.cat([value_F, value_F.new_zeros(1)])[index_BK]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return per_feature(grads[0], ctx.saved_tensors[0], ctx.width, in_order=True), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return per_feature(grads[0], ctx.saved_tensors[0], ctx.width, ctx.in_order), None, None
 
 
-def per_entry(value_F: Tensor, index_BK: Tensor | None) -> Tensor:
+def per_entry(value_F: Tensor, index_BK: Tensor | None, in_order: bool = False) -> Tensor:
     """One value per feature, at every entry: [F] for a dense code, [B, K] for a compact one, 0 at padding.
 
     Its gradient is `per_feature`: that of an indexing by torch takes a second where padding is most of a list.
     """
     if index_BK is None:
         return value_F
-    out: Tensor = _PerEntry.apply(value_F, index_BK)  # type: ignore[no-untyped-call]
+    out: Tensor = _PerEntry.apply(value_F, index_BK, in_order)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -138,6 +138,8 @@ class Replay:
             self._recorded[variant] = self._record(state, batch, body)
         except RuntimeError as e:
             self._refused = True
+            # Another variant's graph draws from the old generator.
+            self._recorded.clear()
             # The old generator still waits for the end of the recording.
             state.rng.device = torch.Generator(state.device)
             state.rng.device.set_state(draws)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
 from spalf.core.protocols import Autoencoder
@@ -38,6 +39,7 @@ class _Coherence(torch.autograd.Function):
         return torch.dot(torch.linalg.vector_norm(cosine_RKK, dim=(1, 2)).square(), share_R)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         unit_UD, norm_U1, unit_RKD, cosine_RKK, share_R, which_N, slot_N = ctx.saved_tensors
         to_RKD = (cosine_RKK * (4 * grads[0] * share_R)[:, None, None]) @ unit_RKD

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from spalf.core.protocols import Autoencoder
@@ -21,6 +22,9 @@ from spalf.kernels.layout import Layout, layout_of_lists, layout_of_places, plac
 # Entries of the pre-activation held at once: 32 MiB of float32 stay near the cache, and the product is still large.
 _BLOCK = 2**23
 
+# Candidates of the screening product per entry that is allowed, above which a dense code is certain enough. On trained
+# dictionaries a quarter more are candidates than are listed.
+_CANDIDATES = 2
 
 # Of lists that are in use, so that `decode` and every gradient find what `encode` knew; forgotten with the lists.
 _LAYOUTS: MutableMapping[Tensor, Layout] = WeakTensorKeyDictionary()
@@ -46,6 +50,7 @@ class _Listed(torch.autograd.Function):
         return pre_BK.view_as(pre_BK)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         white_BD, weight_FD, index_BK = ctx.saved_tensors
         layout: Layout = ctx.layout
@@ -63,7 +68,7 @@ class _Listed(torch.autograd.Function):
 
 def _reached(layout: Layout, grad_BK: Tensor, index_BK: Tensor) -> Layout:
     """Of the entries that a gradient reaches: the active ones as a rule, whose order by feature is known by then."""
-    if layout.active is not None:
+    if layout.active is not None and grad_BK.numel():
         rest_BK = grad_BK.clone(memory_format=torch.contiguous_format)
         least, most = rest_BK.view(-1).index_fill_(0, layout.active.flat_N, 0.0).aminmax()
         if float(least) == 0.0 == float(most):
@@ -83,6 +88,7 @@ class _Decode(torch.autograd.Function):
         return layout.active.by_row(z_A, weight_FD)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z_A, weight_FD, index_BK = ctx.saved_tensors
         layout: Layout = ctx.layout
@@ -106,6 +112,7 @@ class _Correlate(torch.autograd.Function):
         return layout.put(layout.dots(v_BD.contiguous(), weight_FD), like_BK)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         v_BD, weight_FD = ctx.saved_tensors
         layout: Layout = ctx.layout
@@ -122,9 +129,16 @@ def _greater(pre_CF: Tensor, reach_F: Tensor) -> Tensor:
     return torch.from_numpy(np.greater(pre_CF.numpy(), reach_F.numpy()))
 
 
-def _screened(block_CD: Tensor, weight_FD: Tensor, bias_F: Tensor, reach_F: Tensor) -> tuple[Tensor, Tensor]:
-    """(flat_N, pre_N) as `_scan` gives of one block: what may be above reach is found in bfloat16, then computed."""
+def _screened(
+    block_CD: Tensor, weight_FD: Tensor, bias_F: Tensor, reach_F: Tensor, limit: float
+) -> tuple[Tensor, Tensor] | None:
+    """(flat_N, pre_N) as `_scan` gives of one block: what may be above reach is found in bfloat16, then computed.
+
+    None where so much may be that the entries surely exceed `limit` per row.
+    """
     flat_N = screen.candidates(block_CD, weight_FD, reach_F - bias_F)
+    if flat_N.shape[0] > _CANDIDATES * limit * block_CD.shape[0]:
+        return None
     layout, _ = layout_of_places(flat_N, block_CD.shape[0], weight_FD.shape[0])
     pre_N = layout.dots(block_CD, weight_FD).add_(bias_F.index_select(0, layout.feature_N))
     kept_N = places(pre_N > reach_F.index_select(0, layout.feature_N))
@@ -146,7 +160,10 @@ def _scan(
     for start in range(0, rows, step):
         block_CD = white_BD[start : start + step]
         if screen.pays(block_CD, weight_FD):
-            flat_N, pre_N = _screened(block_CD, weight_FD, bias_F, reach_F)
+            screened = _screened(block_CD, weight_FD, bias_F, reach_F, limit)
+            if screened is None:
+                return None
+            flat_N, pre_N = screened
         else:
             pre_CF = torch.addmm(bias_F, block_CD, weight_FD.T, out=buffer_CF[: block_CD.shape[0]])
             flat_N = places(_greater(pre_CF, reach_F))

@@ -15,6 +15,7 @@ from torch import Tensor
 from spalf.core.protocols import Autoencoder
 from spalf.core.state import Learner
 from spalf.core.values import Code, White, per_feature
+from spalf.kernels import affine as affine  # kernels/squares.py takes its passes from here
 from spalf.kernels import coactivation, jump, lists, reference, update
 from spalf.kernels.capacity import STEP, TOTAL_STEP, Capacity, rounded
 
@@ -254,6 +255,10 @@ class FusedOps:
         self._shares.open = True
         try:
             loss.backward()  # type: ignore[no-untyped-call]
+        except BaseException:
+            self._shares.take()  # of half a pass: another step must not add them
+            self._shares.away = None
+            raise
         finally:
             self._shares.open = False
         shares, pull = self._shares.take()

@@ -125,8 +125,11 @@ class Layout:
         return dots(self._places, grad_BD, weight_FD)
 
     def among(self, value_BK: Tensor, index_BK: Tensor) -> Layout:
-        """Of the entries of these lists whose value is not 0: most of a surrogate's window never has one."""
-        return layout_of_lists(places(value_BK != 0), index_BK, self.width)
+        """Of the entries of these lists whose value is not 0: most of a surrogate's window never has one.
+
+        What stands at padding is no entry.
+        """
+        return layout_of_lists(places((value_BK != 0) & (index_BK < self.width)), index_BK, self.width)
 
 
 def layout_of_lists(flat_A: Tensor, index_BK: Tensor, width: int) -> Layout:

@@ -160,6 +160,7 @@ class ReferenceOps:
     """The oracle as a backend: dense codes, float32, autograd throughout."""
 
     name: str = "reference"
+    deterministic: bool = False
     bounded: bool = False
 
     def encode(self, white_BD: White, sae: Autoencoder, dense: bool) -> Code:

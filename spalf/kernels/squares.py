@@ -1,33 +1,34 @@
 """Sums of squares in two passes over the data, one forward and one back; plain autograd takes six.
 
-On CUDA the scalars stay on the device, and the passes that multiply by them are Triton's where it can run.
+On CUDA the scalars stay on the device. Once a Triton backend has been made, the passes that multiply by them are its.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from functools import cache
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@cache
-def _triton() -> Any:
-    return importlib.import_module("spalf.kernels.affine") if importlib.util.find_spec("triton") else None
+def _fits(t: Tensor) -> bool:
+    # Triton launches where the process is, not where the tensors are.
+    return (
+        t.is_cuda
+        and t.dtype == torch.float32
+        and t.is_contiguous()
+        and t.numel() > 0
+        and t.get_device() == torch.cuda.current_device()
+    )
 
 
 def _passes(*tensors: Tensor) -> Any:
     """The Triton passes where they can take these tensors; None: plain torch has to do."""
     if torch.is_grad_enabled():  # somebody differentiates a gradient: kernels leave no graph
         return None
-    for t in tensors:
-        if not t.is_cuda or t.dtype != torch.float32 or not t.is_contiguous() or t.numel() == 0:
-            return None
-    # Triton launches where the process is, not where the tensors are.
-    return _triton() if tensors[0].get_device() == torch.cuda.current_device() else None
+    # The Triton backend brings them: where "torch" was chosen, or Triton cannot compile, they are not there.
+    return sys.modules.get("spalf.kernels.affine") if all(map(_fits, tensors)) else None
 
 
 def _doubled(v: Tensor, by: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class TorchOps:
     "auto" on a CPU while lists stay short; on CUDA a list's length would make the host wait in every step."""
 
     name: str = "torch"
+    deterministic: bool = False
     bounded: bool = False
     compute: str = "float32"
     code: str = "auto"

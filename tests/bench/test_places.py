@@ -17,7 +17,9 @@ def test_without_a_gpu_the_processor_is_named(monkeypatch: pytest.MonkeyPatch) -
     assert places("auto") == (Place(name="cpu", device="cpu"),)
 
 
-@pytest.mark.parametrize(("visible", "ids"), [("", ["0", "1", "2"]), ("4, GPU-7,2", ["4", "GPU-7", "2"])])
+@pytest.mark.parametrize(
+    ("visible", "ids"), [("", ["0", "1", "2"]), ("4, GPU-7,2", ["4", "GPU-7", "2"]), ("0,1,2,-1,3", ["0", "1", "2"])]
+)
 def test_several_gpus_are_a_place_each_and_a_process_sees_its_own(
     monkeypatch: pytest.MonkeyPatch, visible: str, ids: list[str]
 ) -> None:

@@ -31,6 +31,7 @@ def test_speed() -> None:
     names = {"spalf, moments in bfloat16": "spalf triton:moments=bfloat16", "spalf": "spalf triton"}
     ours = measured["spalf triton:moments=bfloat16"]
     assert max(ours["ms"], ours["ms_streaming"]) == ours["ms"]
+    assert len(block("speed")) == 6
     for name, ms, ratio in block("speed"):
         row = measured[names.get(name, name)]
         assert ms == f"{row['ms']:.2f}", name

@@ -70,6 +70,25 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(monkeypatch: pyt
     assert made.step("a", 0, state, BATCH, lambda _: out) is out
 
 
+def test_what_is_refused_drops_the_graphs_that_draw_from_the_old_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = build(toy_plan(), CPU)
+    out, refuses = outcome_of(state), False
+
+    def record(*_: Any) -> Any:
+        if refuses:
+            raise RuntimeError("no")
+        return lambda *_: pytest.fail("replayed")
+
+    monkeypatch.setattr(Replay, "_record", record)
+    made = Replay()
+    made._kind, made._seen = "a", {0, 1}
+    made._recorded[0] = record()
+    refuses = True
+    with pytest.warns(RuntimeWarning, match="could not be recorded"):
+        assert made.step("a", 1, state, BATCH, lambda _: out) is out
+    assert made.step("a", 0, state, BATCH, lambda _: out) is out
+
+
 def test_pouring_reads_all_before_it_writes() -> None:
     plan = toy_plan()
     control = tree.apply(torch.clone, build(plan, CPU).control)

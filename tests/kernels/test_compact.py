@@ -67,6 +67,50 @@ def test_equals_the_dense_code(shape: tuple[int, int, int], theta: float, eps: f
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-9 * float(b.abs().max() + 1))
 
 
+def test_a_gradient_at_padding_goes_nowhere() -> None:
+    sae, white_BD = built(JumpReLU, 9, 17, 33, 1.0, 1.0)
+    ours = compact.encode(white_BD, sae)
+    assert ours is not None
+    assert ours.index_BK is not None
+    listed_BK = ours.index_BK < 33
+    assert not listed_BK.all()
+    wanted = [white_BD, sae.W_enc_FD, sae.b_enc_F]
+    compact.decode(ours, sae)
+    found = torch.autograd.grad(ours.pre_BK.sum(), wanted, retain_graph=True)
+    right = torch.autograd.grad((ours.pre_BK * listed_BK).sum(), wanted)
+    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+
+
+def test_no_row_has_a_gradient_too() -> None:
+    sae, white_BD = built(JumpReLU, 3, 4, 33, 1.0, 1.0)
+    ours = compact.encode(White(white_BD[:0]), sae)
+    assert ours is not None
+    loss = compact.decode(ours, sae).sum() + ours.l0_B().sum() + ours.pre_BK.sum()
+    loss.backward()
+    assert sae.W_enc_FD.grad is not None
+    assert not sae.W_enc_FD.grad.any()
+
+
+def test_counts_by_row_are_of_the_code_that_is_asked() -> None:
+    sae, white_BD = built(JumpReLU, 9, 17, 33, 1.0, 1.0)
+    ours = compact.encode(white_BD, sae)
+    assert ours is not None
+    compact.decode(ours, sae)
+    half_BK = ours.gate_BK.detach().clone()
+    half_BK[:4] = 0.0
+    other = evolve(ours, gate_BK=half_BK)
+    wanted_B = other.scatter(half_BK)[:, 3:20].sum(1)
+    assert torch.equal(compact.per_row(other, slice(3, 20)), wanted_B)
+
+
+def test_what_surely_exceeds_the_limit_is_not_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, white_BD = built(JumpReLU, 64, 17, 33, 0.05, 8.0)
+    monkeypatch.setattr(compact.screen, "pays", lambda *_: True)
+    monkeypatch.setattr(compact.screen, "candidates", lambda block_CD, *_: torch.arange(block_CD.shape[0] * 33))
+    monkeypatch.setattr(layout.Layout, "dots", lambda *_: pytest.fail("computed"))
+    assert compact.encode(white_BD, sae, limit=33 / 2 - 1) is None
+
+
 @given(theta=st.sampled_from([0.05, 1.0, 3.0]), block=st.sampled_from([1, 64 * 33, 2**23]))
 def test_lists_hold_what_is_above_reach_in_order(theta: float, block: int) -> None:
     """Whatever the rows that are scanned at a time."""

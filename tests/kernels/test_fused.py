@@ -153,6 +153,21 @@ def test_a_fused_step_is_the_optimizer_s_step(
         assert error < allowed, f"{name}: {error:.1e}"
 
 
+def test_a_backward_pass_that_fails_leaves_nothing_for_the_next() -> None:
+    def stepped(fails: bool) -> Tensor:
+        made, x_BD = learner(fused.FusedOps(compute="float32"), SHAPES[0])
+        if fails:
+            code = made.sae.encode(White(x_BD))
+            code.pre_BK.register_hook(lambda _: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                made.descend((made.sae.decode(code) - x_BD).square().mean(), Clock(step=0, total=10))  # type: ignore[arg-type]
+            made.optimizer.zero_grad()
+        made.descend((made.sae.decode(made.sae.encode(White(x_BD))) - x_BD).square().mean(), Clock(step=0, total=10))  # type: ignore[arg-type]
+        return made.optimizer.state[made.sae.W_dec_FD]["exp_avg"]
+
+    torch.testing.assert_close(stepped(True), stepped(False))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [SHAPES[1], *(shape for shape, _ in BIG)])
 def test_deterministic_sums_have_one_order(shape: tuple[int, int, int]) -> None:

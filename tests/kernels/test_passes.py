@@ -3,6 +3,7 @@
 On a CPU the kernels run in Triton's interpreter; on CUDA the same tests are compiled.
 """
 
+import sys
 from typing import Any
 
 import pytest
@@ -81,9 +82,18 @@ def test_a_part_that_is_frozen_takes_no_gradient(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(v_BD.grad, gain.expand_as(v_BD))
 
 
+def test_a_graph_that_is_made_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(squares, "_fits", lambda t: True)
+    v_BD = torch.ones(2, 3)
+    assert squares._passes(v_BD) is None
+    with torch.no_grad():
+        assert squares._passes(v_BD) is affine
+        monkeypatch.delitem(sys.modules, affine.__name__)
+        assert squares._passes(v_BD) is None  # no Triton backend was made
+
+
 def test_who_computes() -> None:
     v_BD = torch.ones(2, 3, device=DEVICE)
-    assert squares._passes(v_BD) is None  # a graph is being made
     with torch.no_grad():
         assert (squares._passes(v_BD) is affine) == v_BD.is_cuda
         assert squares._passes(v_BD.double()) is None

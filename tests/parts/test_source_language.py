@@ -476,6 +476,22 @@ def test_a_resumed_pool_goes_on_in_the_middle_and_over_its_end(neox: str, text: 
         assert torch.equal(one.sequences(n).tokens_ST, two.sequences(n).tokens_ST)
 
 
+def test_a_cursor_of_another_pool_is_gone_to_while_one_is_in_hand(neox: str, text: str) -> None:
+    source = Huggingface(**options(neox, text, pool=16), layer=0)
+    one = opened(source)
+    one.sequences(5)
+    cursor = one.state_dict()
+    wanted = one.sequences(20).tokens_ST  # into the next pool, which is in hand from here on
+    one.load_state_dict(cursor)
+    assert torch.equal(one.sequences(20).tokens_ST, wanted)
+    one.load_state_dict(cursor)
+    one.sequences(3)
+    cursor = one.state_dict()
+    wanted = one.sequences(2).tokens_ST
+    one.load_state_dict(cursor)  # of the pool in hand
+    assert torch.equal(one.sequences(2).tokens_ST, wanted)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

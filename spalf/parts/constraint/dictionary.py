@@ -114,7 +114,9 @@ class Orthogonality:
         # Where no row has a pair any sample will do: its value is 0.
         weight_B = torch.where(pairs_B.sum() > 0, pairs_B, torch.ones_like(pairs_B))
         sample_R = torch.multinomial(weight_B, self.sample, replacement=True, generator=view.draw)
-        direction = view.metric.rough_direction if self.space == "raw" else lambda v: v
+        # A metric of somebody else's may know the exact way alone.
+        raw = getattr(view.metric, "rough_direction", view.metric.raw_direction)
+        direction = raw if self.space == "raw" else lambda v: v
         return view.sae.machine.ops.coactivation(code, view.sae, sample_R, rows, direction, view.draw)
 
     def derive(self, plan: Plan) -> list[Derived]:
