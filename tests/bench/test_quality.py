@@ -89,6 +89,23 @@ def test_a_killed_queue_goes_on_where_it_was(tmp_path: Path) -> None:
     assert set(again.done) == set(outcome.done)
 
 
+def test_jobs_of_an_earlier_pattern_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(queue.Queue, "_own", lambda *_: None)
+    monkeypatch.setattr(queue.Queue, "_begin", lambda self, job, *_: begun.append(job.name))
+    visit = queue.Visit(out=tmp_path / "out", only="bad/*, topk/*/seed-1,*/seed-*", device="cpu")
+    queue.Queue(read(written(tmp_path, SUITE)), (), visit, begun.append)._start()
+    assert begun == ["bad/l0-4/seed-0", "topk/l0-4/seed-1", "topk/l0-4/seed-0"]
+
+
+def test_no_device_takes_more_peers_than_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[list[str]] = []
+    monkeypatch.setattr(queue.Queue, "_start_peers", lambda self, jobs, place: begun.append([j.name for j in jobs]))
+    visit = queue.Visit(out=tmp_path / "out", only="[jmw]*", jobs=2, peers=("python",), device="cpu")
+    queue.Queue(read(written(tmp_path, SUITE + THEIRS)), (), visit, lambda _: None)._start()
+    assert [len(jobs) for jobs in begun] == [2, 1]
+
+
 @pytest.mark.slow
 def test_peers_are_trained_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One dictionary of each: to import a library costs more than all that is done here with it."""
