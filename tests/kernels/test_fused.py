@@ -153,6 +153,7 @@ def test_a_fused_step_is_the_optimizer_s_step(
         assert error < allowed, f"{name}: {error:.1e}"
 
 
+@pytest.mark.slow
 def test_a_backward_pass_that_fails_leaves_nothing_for_the_next() -> None:
     def stepped(fails: bool) -> Tensor:
         made, x_BD = learner(fused.FusedOps(compute="float32"), SHAPES[0])
@@ -183,6 +184,7 @@ def test_the_sums_of_the_matrices_have_one_order_in_any_case() -> None:
         assert torch.equal(one[name], two[name]), name
 
 
+@pytest.mark.slow
 def test_a_threshold_s_gradient_is_the_same_sum_in_order() -> None:
     atomics, ordered = (
         gradients(fused.FusedOps(compute="float32", deterministic=mode), SHAPES[1], 5, torch.float32)
@@ -193,6 +195,7 @@ def test_a_threshold_s_gradient_is_the_same_sum_in_order() -> None:
     torch.testing.assert_close(ordered[name], atomics[name])
 
 
+@pytest.mark.slow
 def test_a_step_leaves_the_distances_that_a_pass_over_the_rows_would_find() -> None:
     ops = fused.FusedOps(compute="float32")
     made, x_BD = learner(ops, SHAPES[1])
