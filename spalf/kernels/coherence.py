@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding
 
 from spalf.core.protocols import Autoencoder
 from spalf.core.values import Code, White
-from spalf.kernels.reference import active, positions, thinned
+from spalf.kernels.reference import coactive
 
 
 class _Coherence(torch.autograd.Function):
@@ -59,11 +58,6 @@ def coactivation(
     draw: torch.Generator,
 ) -> Tensor:
     """`reference.coactivation` with its gradient in closed form: a dozen operations where autograd has sixty."""
-    rows = slice(*rows.indices(sae.width))
-    row_N, feature_N = thinned(*active(code, sample_R, rows), sample_R.shape[0], draw)
-    place_N, k_R = positions(row_N, sample_R.shape[0])
-    distinct_U, which_N = torch.unique(feature_N, return_inverse=True)
-    rows_UD = direction(White(embedding(distinct_U, sae.W_dec_FD)))
-    listed = max(1, int(k_R.max())) if k_R.numel() else 1
-    out: Tensor = _Coherence.apply(rows_UD, which_N, row_N * listed + place_N, k_R, listed)  # type: ignore[no-untyped-call]
+    held = coactive(code, sae, sample_R, rows, direction, draw)
+    out: Tensor = _Coherence.apply(held.rows_UD, held.which_N, held.slot_N, held.k_R, held.listed)  # type: ignore[no-untyped-call]
     return out

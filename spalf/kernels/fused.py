@@ -51,7 +51,7 @@ class _Pre(torch.autograd.Function):
         if ctx.shares.open:
             share = ctx.shares.of(found)
             share.force_BK, share.white_BD = grad_BK, white_BD
-            share.overflow = found.overflow()
+            share.overflow = found.overflow
         else:
             grad_weight = _by_feature(found, grad_BK, white_BD, width)
             grad_bias = per_feature(grad_BK, found.index_BK, width)
@@ -208,7 +208,7 @@ class FusedOps:
             z_BK=z_BK,
             index_BK=found.index_BK,
             width=sae.width,
-            overflow=found.overflow(),
+            overflow=found.overflow,
             counted_F=fired_F,
         )
 

@@ -6,6 +6,7 @@ Shape letters as in spalf/core/values.py; N entries of all lists together, sorte
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import triton
@@ -42,6 +43,7 @@ class Lists:
     count_B: Tensor
     total: int
 
+    @cached_property
     def overflow(self) -> Tensor:
         """Whether a row lists more than K entries, or all together more than `total`; a scalar on the device."""
         return (self.count_B > self.index_BK.shape[1]).any() | (self.count_B.sum() > self.total)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from attrs import define
+from attrs import define, frozen
 from torch import Tensor
 from torch.nn.functional import embedding, normalize
 
@@ -120,6 +120,39 @@ def thinned(row_N: Tensor, feature_N: Tensor, rows: int, draw: torch.Generator) 
     return row_N[kept_N], feature_N[kept_N]
 
 
+@frozen(kw_only=True, eq=False)
+class CoActive:
+    """Directions [U, D] of the distinct features that are on, and where each of N active entries goes.
+
+    `which_N` names its direction, `slot_N` its place in [R * listed]; `k_R` counts the entries of a row.
+    """
+
+    rows_UD: Tensor
+    which_N: Tensor
+    slot_N: Tensor
+    k_R: Tensor
+    listed: int
+
+
+def coactive(
+    code: Code,
+    sae: Autoencoder,
+    sample_R: Tensor,
+    rows: slice,
+    direction: Callable[[White], Tensor],
+    draw: torch.Generator,
+) -> CoActive:
+    """What the Gram matrices of the sampled rows are made of, with the graph to W_dec."""
+    rows = slice(*rows.indices(sae.width))
+    row_N, feature_N = thinned(*active(code, sample_R, rows), sample_R.shape[0], draw)
+    place_N, k_R = positions(row_N, sample_R.shape[0])
+    distinct_U, which_N = torch.unique(feature_N, return_inverse=True)
+    # `embedding` is indexing by rows, several times as fast on a CPU.
+    rows_UD = direction(White(embedding(distinct_U, sae.W_dec_FD)))
+    listed = max(1, int(k_R.max())) if k_R.numel() else 1
+    return CoActive(rows_UD=rows_UD, which_N=which_N, slot_N=row_N * listed + place_N, k_R=k_R, listed=listed)
+
+
 def coactivation(
     code: Code,
     sae: Autoencoder,
@@ -133,16 +166,11 @@ def coactivation(
     Per row a Gram matrix of its k active features, never F x F. Rows with k < 2 have no pair and are left out; the
     value is 0 where no row has one. The gradient reaches W_dec alone.
     """
-    rows = slice(*rows.indices(sae.width))
-    row_N, feature_N = thinned(*active(code, sample_R, rows), sample_R.shape[0], draw)
-    place_N, k_R = positions(row_N, sample_R.shape[0])
-    distinct_U, which_N = torch.unique(feature_N, return_inverse=True)
-    # `embedding` is indexing by rows, several times as fast on a CPU.
-    unit_UD = normalize(direction(White(embedding(distinct_U, sae.W_dec_FD))), dim=-1)
-    listed = max(1, int(k_R.max())) if k_R.numel() else 1
-    empty_PD = unit_UD.new_zeros(sample_R.shape[0] * listed, unit_UD.shape[-1])
-    unit_PD = empty_PD.index_copy(0, row_N * listed + place_N, embedding(which_N, unit_UD))
-    unit_RKD = unit_PD.view(sample_R.shape[0], listed, -1)
+    held = coactive(code, sae, sample_R, rows, direction, draw)
+    unit_UD, k_R = normalize(held.rows_UD, dim=-1), held.k_R
+    empty_PD = unit_UD.new_zeros(sample_R.shape[0] * held.listed, unit_UD.shape[-1])
+    unit_PD = empty_PD.index_copy(0, held.slot_N, embedding(held.which_N, unit_UD))
+    unit_RKD = unit_PD.view(sample_R.shape[0], held.listed, -1)
     cosine_RKK = unit_RKD @ unit_RKD.mT
     # ||M M'||_F^2 - k, the diagonal being 1
     squared_R = cosine_RKK.square().sum((1, 2)) - cosine_RKK.diagonal(dim1=1, dim2=2).square().sum(1)
