@@ -58,7 +58,7 @@ def speed(
     ] = "auto",
     peers: Peers = None,
     without_peers: Annotated[bool, typer.Option("--no-peers", help="Ours alone.")] = False,
-    only: Annotated[str, typer.Option("--only", metavar="GLOB", help="Rows whose name it matches.")] = "*",
+    only: Annotated[str, typer.Option("--only", metavar="GLOBS", help="Rows whose name matches, by commas.")] = "*",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Timed steps of each row.")] = 20,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times that all rows take turns.")] = 1,
     threads: Annotated[int, typer.Option("--threads", min=0, help="Of a CPU; 0: as torch chooses.")] = 0,

@@ -488,3 +488,16 @@ def test_a_library_that_is_not_installed_is_a_row() -> None:
     row = peers.row("SAELens TopK", SMALL, Path(sys.executable))
     assert row["status"] == "missing", row
     assert "sae_lens" in row["reason"]
+
+
+@pytest.mark.parametrize(
+    ("name", "patterns", "is_wanted"),
+    [
+        ("spalf triton:moments=int8", "spalf*,SAELens TopK", True),
+        ("SAELens TopK", "spalf*, saelens topk", True),
+        ("SAELens TopK sparse", "spalf*,SAELens TopK", False),
+        ("sparsify TopK", "*", True),
+    ],
+)
+def test_rows_are_chosen_by_any_of_the_patterns(name: str, patterns: str, is_wanted: bool) -> None:
+    assert run.wanted(name, patterns) is is_wanted

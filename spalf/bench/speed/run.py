@@ -141,8 +141,8 @@ def _rows(task: Task, options: Options, table: Document, tell: Tell, keep: Calla
 
 
 def wanted(name: str, pattern: str) -> bool:
-    """Whether a pattern names a row, in any case."""
-    return fnmatchcase(name.lower(), pattern.lower())
+    """Whether one of the patterns, by commas, names a row, in any case."""
+    return any(fnmatchcase(name.lower(), one.strip().lower()) for one in pattern.split(","))
 
 
 def combined(rows: list[Document]) -> Document:
