@@ -116,7 +116,7 @@ class Huggingface(LanguageOptions):
     """How attention is computed: auto is what transformers chooses for the architecture, sdpa for nearly all."""
 
     compiled: bool = False
-    """The blocks up to the hook through torch.compile: fewer bytes move, last bits change, the first passes take long."""
+    """Blocks up to the hook run through torch.compile: fewer bytes move, last bits change, first passes take long."""
 
     def facts(self) -> Facts:
         """From config.json, or from d_model, n_vocab and n_layers as stated. Raises SourceError with a remedy."""
