@@ -12,28 +12,37 @@ import triton.language as tl
 
 
 @triton.jit
-def compact_columns(product, bias, reach, cut, index, value, count, columns, first, capacity, BLOCK: tl.constexpr):
+def compact_columns(
+    product, bias, reach, cut, index, value, count, columns, first, capacity, PARTS: tl.constexpr, PART: tl.constexpr
+):
     """Append the entries of a block of columns that exceed `reach` to the list of each row; ascending, hence the same
     list in every run. `count` goes on beyond `capacity`, so that a list that was too short is known.
 
-    `cut` is at or below reach - bias: where no product of a block exceeds that, and in most none does, there is nothing
-    to look at.
+    `cut` is at or below reach - bias. A row is read whole and compared to it first, one bit for each part of it: no
+    load waits for another. Most parts have nothing above it; only the others are looked at, and are in the cache.
     """
     row = tl.program_id(0).to(tl.int64)
-    base = tl.load(count + row)
-    for start in range(0, columns, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < columns
-        p = tl.load(product + row * columns + at, mask=inside, other=-float("inf"))
-        if tl.max((p > tl.load(cut + first + at, mask=inside, other=float("inf"))).to(tl.int32), axis=0) > 0:
-            p += tl.load(bias + first + at, mask=inside, other=0.0)
-            keep = (p > tl.load(reach + first + at, mask=inside, other=float("inf"))) & inside
-            place = base + tl.cumsum(keep.to(tl.int32), axis=0) - 1
-            fits = keep & (place < capacity)
-            tl.store(index + row * capacity + place, (first + at).to(tl.int64), mask=fits)
-            tl.store(value + row * capacity + place, p, mask=fits)
-            base += tl.sum(keep.to(tl.int32), axis=0)
-    tl.store(count + row, base)
+    product += row * columns
+    part = tl.arange(0, PARTS)
+    at = part[:, None] * PART + tl.arange(0, PART)[None, :]
+    p = tl.load(product + at, mask=at < columns, other=-float("inf"))
+    near = p > tl.load(cut + first + at, mask=at < columns, other=float("inf"))
+    found = tl.sum(tl.max(near.to(tl.int32), axis=1) << part, axis=0)
+    if found != 0:
+        base = tl.load(count + row)
+        for i in range(PARTS):
+            if (found >> i) & 1 != 0:
+                at = i * PART + tl.arange(0, PART)
+                inside = at < columns
+                p = tl.load(product + at, mask=inside, other=-float("inf"))
+                p += tl.load(bias + first + at, mask=inside, other=0.0)
+                keep = (p > tl.load(reach + first + at, mask=inside, other=float("inf"))) & inside
+                place = base + tl.cumsum(keep.to(tl.int32), axis=0) - 1
+                fits = keep & (place < capacity)
+                tl.store(index + row * capacity + place, (first + at).to(tl.int64), mask=fits)
+                tl.store(value + row * capacity + place, p, mask=fits)
+                base += tl.sum(keep.to(tl.int32), axis=0)
+        tl.store(count + row, base)
 
 
 @triton.jit
@@ -120,7 +129,19 @@ def gather_sum(index, z, count, weight, out, capacity, dim, BLOCK_K: tl.constexp
 
 
 @triton.jit
-def gather_dots(index, count, grad, weight, out, rows, capacity, dim, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+def gather_dots(
+    index,
+    count,
+    grad,
+    weight,
+    out,
+    rows,
+    capacity,
+    dim,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAD: tl.constexpr,
+):  # fmt: skip
     """out[s, b, k] = <grad[b], weight[index[b, k]]> over slice s of the columns, 0 beyond a list.
 
     Slices apart, so that their sum has one order; rows are the fast axis of the grid, as in `gather_sum`.
@@ -131,12 +152,15 @@ def gather_dots(index, count, grad, weight, out, rows, capacity, dim, BLOCK_K: t
     listed = tl.minimum(tl.load(count + row), capacity)
     g = tl.load(grad + row * dim + at, mask=inside, other=0.0).to(tl.float32)
     here_out = out + (tl.program_id(1).to(tl.int64) * rows + row) * capacity
-    for start in range(0, capacity, BLOCK_K):
+    for start in range(0, listed, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         here = k < listed
         f = tl.load(index + row * capacity + k, mask=here, other=0)
         w = tl.load(weight + f[:, None] * dim + at[None, :], mask=here[:, None] & inside[None, :], other=0.0)
-        tl.store(here_out + k, tl.sum(w.to(tl.float32) * g[None, :], axis=1), mask=k < capacity)
+        tl.store(here_out + k, tl.sum(w.to(tl.float32) * g[None, :], axis=1), mask=here)
+    for start in range(listed, capacity, PAD):
+        k = start + tl.arange(0, PAD)
+        tl.store(here_out + k, tl.zeros((PAD,), dtype=tl.float32), mask=k < capacity)
 
 
 @triton.jit
