@@ -32,7 +32,8 @@ def compact_columns(
         base = tl.load(count + row)
         for i in range(PARTS):
             if (found >> i) & 1 != 0:
-                few = i * PART + tl.arange(0, PART)
+                # A thread takes every 32nd column: what is stored has to lie so, and need not be exchanged before.
+                few = i * PART + tl.max_contiguous(tl.arange(0, PART), 1)
                 inside = few < columns
                 q = tl.load(product + few, mask=inside, other=-float("inf"))
                 q += tl.load(bias + first + few, mask=inside, other=0.0)

@@ -28,7 +28,7 @@ _PAD = 64
 _ROUNDING = 2.0**-20
 """Several times what float32 rounds a sum or a difference of two numbers by, relative to their size."""
 
-PART, SCAN_WARPS = 256, 1
+PART, SCAN_WARPS = 128, 1
 """Columns of a block that are looked at together where one of them is near its reach, by a program of so many warps:
 within one warp a running count needs no barrier."""
 
