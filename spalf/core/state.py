@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from attrs import define, frozen
@@ -46,6 +46,19 @@ class ControlState:
         return rho
 
 
+@runtime_checkable
+class Packed(Protocol):
+    """A moment that a backend keeps in a form of its own."""
+
+    def unpacked(self) -> Tensor:
+        """Of its parameter's shape, float32; the backend makes the same numbers of it again."""
+        ...
+
+    def clear_(self, rows: Tensor) -> None:
+        """Zero these rows."""
+        ...
+
+
 @define(kw_only=True, eq=False)
 class Learner:
     """Owns the parameters, their moments and the update: the only place where training changes a parameter."""
@@ -81,6 +94,7 @@ class Learner:
 
     def _advance(self) -> None:
         weight_FD, grad_FD = self.sae.W_dec_FD, self.sae.W_dec_FD.grad
+        self._widen()
         if grad_FD is not None:
             self._each_stratum(lambda s, rows: s.project_gradient_(weight_FD.data[rows], grad_FD[rows]))
         if self._max_norm:
@@ -100,6 +114,16 @@ class Learner:
                 group["lr"].fill_(peak * factor)
             else:
                 group["lr"] = torch.full((), peak * factor, device=group["params"][0].device)
+
+    def _widen(self) -> None:
+        """Moments as the optimizer itself keeps them, where a backend whose step it was kept them shorter."""
+        for parameter, kept in self.optimizer.state.items():
+            for key, value in kept.items():
+                if isinstance(value, Tensor):
+                    if value.ndim and value.dtype != parameter.dtype:
+                        kept[key] = value.to(parameter.dtype)
+                elif isinstance(value, Packed):
+                    kept[key] = value.unpacked()
 
     @property
     def _max_norm(self) -> float:
@@ -129,7 +153,9 @@ class Learner:
             if name == "b_dec_D" or parameter.ndim == 0 or parameter.shape[0] != self.sae.width:
                 continue
             for value in self.optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                if isinstance(value, Packed):
+                    value.clear_(features)
+                elif isinstance(value, Tensor) and value.shape == parameter.shape:
                     value[features] = 0
 
     def _each_stratum(self, act: Callable[[Stratum, slice], None]) -> None:
@@ -147,7 +173,7 @@ class Learner:
         for name, parameter in self.sae.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if value is not None:
-                    moments[f"optimizer.{name}.{key}"] = value
+                    moments[f"optimizer.{name}.{key}"] = value.unpacked() if isinstance(value, Packed) else value
         return {**out, **moments, "moments": " ".join(sorted(moments))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spalf.core.values import White
-from spalf.kernels import device, passes
+from spalf.kernels import passes, steps
 from spalf.kernels.lists import Lists, power_of_2
 from spalf.kernels.update import Away, Pull, Shares, row_block
 
@@ -137,7 +137,7 @@ def _away(weight_FD: Tensor, target_AD: Tensor, rows: slice, shares: Shares) -> 
     key = Away.key(weight_FD, target_AD, rows)
     if shares.away is None or shares.away.of != key:
         away_A = torch.empty(target_AD.shape[0], device=weight_FD.device)
-        device.square_distances[away_A.shape](
+        steps.square_distances[away_A.shape](
             weight_FD, target_AD, away_A, rows.start, weight_FD.shape[1], **row_block(weight_FD.shape[1])
         )
         shares.away = Away(key, target_AD, away_A)

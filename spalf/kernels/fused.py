@@ -116,7 +116,7 @@ class FusedOps:
     compute: str = "bfloat16"
     bounded: bool = True
     moments: torch.dtype = torch.float32
-    """In which the two matrices' moments are kept: float32, or bfloat16 rounded at random."""
+    """In which the two matrices' moments are kept: float32, or rounded at random, bfloat16 or int8."""
     replay: bool = True
     """Whether a step may be recorded."""
     deterministic: bool = False

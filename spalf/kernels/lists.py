@@ -19,11 +19,25 @@ from spalf.kernels.reference import matmul
 COLUMNS = 2048
 """Features per block of pre-activations: what a block's scan reads still lies in the cache, most of it."""
 
+_BITS = 32
+"""Parts of a row's block, at most: a word has a bit for each."""
+
+_PAD = 64
+"""Places beyond a list that are set to 0 at once."""
+
 _ROUNDING = 2.0**-20
 """Several times what float32 rounds a sum or a difference of two numbers by, relative to their size."""
 
-SCAN, SCAN_WARPS = 256, 1
-"""Entries of a row that a program of so many warps tests at once: within one warp a running count needs no barrier."""
+PART, SCAN_WARPS = 128, 1
+"""Columns of a block that are looked at together where one of them is near its reach, by a program of so many warps:
+within one warp a running count needs no barrier."""
+
+SUM_SLICE, SUM_K, SUM_WARPS = 256, 4, 1
+"""Columns of a program of `gather_sum`, entries that it reads at once, and its warps: one reads half a KiB of each row,
+and more would wait for each other at the end."""
+
+DOTS_SLICE, DOTS_K, DOTS_WARPS = 256, 4, 1
+"""The same of `gather_dots`. A slice of 65,536 rows in bfloat16, 34 MB, stays in the cache."""
 
 
 def power_of_2(n: int, least: int, most: int) -> int:
@@ -82,6 +96,8 @@ def scan(
     for first in range(0, width, COLUMNS):
         pre_BC = matmul(white_BD, weight_FD[first : first + COLUMNS].T, compute)
         columns = pre_BC.shape[1]
+        block = power_of_2(columns, 16, COLUMNS)
+        part = max(min(PART, block), block // _BITS)
         device.compact_columns[(rows,)](
             pre_BC,
             bias_F,
@@ -93,7 +109,8 @@ def scan(
             columns,
             first,
             capacity,
-            BLOCK=power_of_2(columns, 16, SCAN),
+            PARTS=triton.cdiv(block, part),
+            PART=part,
             num_warps=SCAN_WARPS,
         )
     return Lists(
@@ -105,24 +122,23 @@ def gather_sum(index_BK: Tensor, z_BK: Tensor, count_B: Tensor, weight_FD: Tenso
     """out[b] = sum_k z[b, k] weight[index[b, k]], [B, D] float32."""
     (rows, capacity), dim = index_BK.shape, weight_FD.shape[1]
     out_BD = torch.empty((rows, dim), device=z_BK.device)
-    block = power_of_2(dim, 16, 256)
-    grid = (rows, triton.cdiv(dim, block))
-    # One warp reads half a KiB of each row at once; more warps would wait for each other at the end.
-    device.gather_sum[grid](
-        index_BK, z_BK.contiguous(), count_B, weight_FD, out_BD, capacity, dim, BLOCK_K=4, BLOCK_D=block, num_warps=1
-    )
+    block = power_of_2(dim, 16, SUM_SLICE)
+    device.gather_sum[(rows, triton.cdiv(dim, block))](
+        index_BK, z_BK.contiguous(), count_B, weight_FD, out_BD, capacity, dim,
+        BLOCK_K=SUM_K, BLOCK_D=block, num_warps=SUM_WARPS,
+    )  # fmt: skip
     return out_BD
 
 
 def gather_dots(index_BK: Tensor, count_B: Tensor, grad_BD: Tensor, weight_FD: Tensor) -> Tensor:
     """out[b, k] = <grad[b], weight[index[b, k]]>, [B, K] float32, 0 at padding."""
     (rows, capacity), dim = index_BK.shape, weight_FD.shape[1]
-    block = power_of_2(dim, 16, 512)
+    block = power_of_2(dim, 16, DOTS_SLICE)
     slices = triton.cdiv(dim, block)
     out_SBK = torch.empty((slices, rows, capacity), device=grad_BD.device)
     device.gather_dots[(rows, slices)](
         index_BK, count_B, grad_BD.contiguous(), weight_FD, out_SBK, rows, capacity, dim,
-        BLOCK_K=4, BLOCK_D=block, num_warps=1,
+        BLOCK_K=DOTS_K, BLOCK_D=block, PAD=_PAD, num_warps=DOTS_WARPS,
     )  # fmt: skip
     return out_SBK[0] if slices == 1 else out_SBK.sum(0)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spalf.kernels.device import count_step
+from spalf.kernels.steps import count_step
 
 
 @triton.jit

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
 from spalf.core.state import Learner
-from spalf.kernels import device, vectors
+from spalf.kernels import moments, steps, vectors
 from spalf.kernels.lists import ByFeature, Lists, nothing, power_of_2, turn_over
 
 
@@ -101,19 +99,6 @@ def fits(learner: Learner) -> bool:
     return learner.rule.rule == "adam" and known and fused and moves_both
 
 
-def _moments(learner: Learner, parameter: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(steps done, first moment, second moment) in `dtype`, made where there are none, as torch's Adam makes them."""
-    state: dict[str, Any] = learner.optimizer.state[parameter]
-    if not state:
-        state["step"] = torch.zeros((), device=parameter.device)
-    for name in ("exp_avg", "exp_avg_sq"):
-        if name not in state:
-            state[name] = torch.zeros_like(parameter, dtype=dtype)
-        elif state[name].dtype != dtype:
-            state[name] = state[name].to(dtype)
-    return state["step"], state["exp_avg"], state["exp_avg_sq"]
-
-
 def _joined(shares: list[Share], by: ByFeature, like_FD: Tensor, low: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(z_N, force_N, grad_BD, white_BD) of all shares, those with a `white_BD` being first.
 
@@ -145,7 +130,7 @@ def _hyper(learner: Learner, parameter: Tensor, step: Tensor, skip: Tensor) -> T
         rate = torch.full((), rate, device=parameter.device)  # filled there: a copy from the host would wait
     out = torch.empty(7, device=parameter.device)
     beta1, beta2 = group["betas"]
-    device.count_step[(1,)](step, skip, rate, out, BETA1=beta1, BETA2=beta2, EPS=group["eps"])
+    steps.count_step[(1,)](step, skip, rate, out, BETA1=beta1, BETA2=beta2, EPS=group["eps"])
     return out
 
 
@@ -175,16 +160,36 @@ class Sources:
 
 @frozen(kw_only=True)
 class Precision:
-    """Bfloat16 copies of W_dec and W_enc, written along, and the moments' type."""
+    """Bfloat16 copies of W_dec and W_enc, written along, and the moments' type; int8 is for `moments.Coded`."""
 
     dec: Tensor | None = None
     enc: Tensor | None = None
     moments: torch.dtype = torch.float32
 
 
+BLOCK_N = 4
+"""Entries of a feature whose rows a program reads at once."""
+
+WIDE = 4
+"""Neighbours that a thread takes, of moments and of what gradients are made of, where they have less than 4 bytes."""
+
+_WARP = 512
+"""Columns that a warp holds of a row."""
+
+
 def row_block(dim: int) -> dict[str, int]:
     """One program holds a whole row."""
-    return {"BLOCK_D": power_of_2(dim, 16, 1 << 16), "num_warps": power_of_2(dim // 512, 1, 8)}
+    return {"BLOCK_D": power_of_2(dim, 16, 1 << 16), "num_warps": power_of_2(dim // _WARP, 1, 8)}
+
+
+def _arguments(
+    learner: Learner, weight: Tensor, kept: torch.dtype, none: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(steps done, two moments, their scales), `none` in place of scales that are not needed."""
+    if kept != torch.int8:
+        return *moments.full(learner, weight, kept), none, none
+    step, mean, square = moments.coded(learner, weight)
+    return step, mean.code_FD, square.code_FD, mean.scale_F, square.scale_F
 
 
 def _step_rows(
@@ -192,16 +197,16 @@ def _step_rows(
     weight: torch.nn.Parameter,
     made_of: Sources,
     low: Tensor | None,
-    moments: torch.dtype,
+    kept: torch.dtype,
     sphere_F: Tensor,
     skip: Tensor,
 ) -> Tensor:
     """Gradient, projection, Adam and norm of every row of one matrix; returns each feature's sum of weights, [F]."""
     (width, dim), more, pull = weight.shape, weight.grad, made_of.pull
-    step, moment1, moment2 = _moments(learner, weight, moments)
+    step, moment1, moment2, scale1, scale2 = _arguments(learner, weight, kept, skip)
     hyper = _hyper(learner, weight, step, skip)
     sums_F = torch.zeros(width, device=weight.device)
-    device.update_rows[(width,)](
+    steps.update_rows[(width,)](
         made_of.by.order_F,
         made_of.by.starts_F1,
         made_of.by.row_N,
@@ -210,6 +215,8 @@ def _step_rows(
         weight.data,
         moment1,
         moment2,
+        scale1,
+        scale2,
         weight.data if low is None else low,
         weight.data if more is None else more,
         sums_F,
@@ -224,8 +231,9 @@ def _step_rows(
         dim,
         MORE=more is not None,
         LOW=low is not None,
-        SHORT=moments == torch.bfloat16,
-        BLOCK_N=4,
+        BYTES=kept.itemsize,
+        BLOCK_N=BLOCK_N,
+        WIDE=WIDE,
         **row_block(dim),
     )
     weight.grad = None
@@ -251,10 +259,10 @@ def update_(
     skip = _skip(shares, dec.device)
     by = turn_over([s.found for s in shares], sae.width)
     z_N, force_N, grad_BD, white_BD = _joined(shares, by, dec, precision.dec is not None)
-    moments = precision.moments
-    _step_rows(learner, dec, Sources(by, z_N, grad_BD, pull), precision.dec, moments, sphere_F, skip)
+    kept = precision.moments
+    _step_rows(learner, dec, Sources(by, z_N, grad_BD, pull), precision.dec, kept, sphere_F, skip)
     free_F = torch.zeros_like(sphere_F)
-    force_F = _step_rows(learner, enc, Sources(by, force_N, white_BD), precision.enc, moments, free_F, skip)
+    force_F = _step_rows(learner, enc, Sources(by, force_N, white_BD), precision.enc, kept, free_F, skip)
     if bias.requires_grad:
         bias.grad = force_F if bias.grad is None else bias.grad + force_F
     _others(learner, skip)
@@ -264,4 +272,4 @@ def _others(learner: Learner, skip: Tensor) -> None:
     """The same rule for all else that has a gradient."""
     groups = learner.optimizer.param_groups
     left = [(p, group) for group in groups for p in group["params"] if p.grad is not None]
-    vectors.step_([vectors.Vector(p, group, *_moments(learner, p, torch.float32)) for p, group in left], skip)
+    vectors.step_([vectors.Vector(p, group, *moments.full(learner, p)) for p, group in left], skip)
