@@ -36,7 +36,7 @@ SUM_SLICE, SUM_K, SUM_WARPS = 256, 4, 1
 """Columns of a program of `gather_sum`, entries that it reads at once, and its warps: one reads half a KiB of each row,
 and more would wait for each other at the end."""
 
-DOTS_SLICE, DOTS_K, DOTS_WARPS = 256, 4, 1
+DOTS_SLICE, DOTS_K, DOTS_WARPS = 256, 8, 1
 """The same of `gather_dots`. A slice of 65,536 rows in bfloat16, 34 MB, stays in the cache."""
 
 

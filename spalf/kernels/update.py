@@ -173,7 +173,7 @@ BLOCK_N = 4
 WIDE = 4
 """Neighbours that a thread takes, of moments and of what gradients are made of, where they have less than 4 bytes."""
 
-_WARP = 512
+_WARP = 256
 """Columns that a warp holds of a row."""
 
 

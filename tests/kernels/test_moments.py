@@ -260,8 +260,9 @@ def learner(kept: torch.dtype, seed: int = 0) -> Learner:
     """Four features, whose two matrices are updated by the backend."""
     ops = fused.FusedOps(compute="float32", moments=kept)
     sae = StratifiedAutoencoder(8, {"a": 1, "b": 3}, JumpReLU().build(4), Machine(device=DEVICE, ops=ops))
-    torch.nn.init.normal_(sae.W_enc_FD, generator=torch.Generator().manual_seed(seed))
-    torch.nn.init.normal_(sae.W_dec_FD, generator=torch.Generator().manual_seed(seed + 1))
+    draw = torch.Generator(sae.W_enc_FD.device)
+    torch.nn.init.normal_(sae.W_enc_FD, generator=draw.manual_seed(seed))
+    torch.nn.init.normal_(sae.W_dec_FD, generator=draw.manual_seed(seed + 1))
     sae, rule = sae.to(DEVICE).train(), example(Adam, lr=RATE)
     optimizer = rule.build(sae.named_parameters())
     rates = tuple(group["lr"] for group in optimizer.param_groups)
