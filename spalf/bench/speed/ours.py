@@ -50,7 +50,8 @@ class Variant:
 
     @property
     def name(self) -> str:
-        return self.label or f"spalf {self.kernel}"
+        preset = self.recipe if self.recipe.startswith("spalf") else "spalf"
+        return self.label or f"{preset} {self.kernel}"
 
 
 def kernel_sets(spec: str) -> tuple[str, ...]:

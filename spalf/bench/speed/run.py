@@ -191,11 +191,12 @@ def merged(documents: Iterable[Document]) -> list[Document]:
 
 
 def _by_shape(tables: list[Document]) -> list[Document]:
-    """One table per shape: parts that a later one has replace those of an earlier one; rows by name."""
+    """One table per shape: what a later one has replaces what an earlier one had; rows by name."""
     out: dict[tuple[Any, ...], Document] = {}
     for table in tables:
         key = tuple(table["shape"].values())
         held = out.setdefault(key, {})
         rows = {row["name"]: row for row in (*held.get("rows", ()), *table["rows"])}
-        out[key] = {**held, **table, "rows": list(rows.values())}
+        recipes = dict.fromkeys(t["recipe"] for t in (held, table) if "recipe" in t)
+        out[key] = {**held, **table, "recipe": ", ".join(recipes), "rows": list(rows.values())}
     return list(out.values())
