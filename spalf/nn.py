@@ -84,7 +84,7 @@ class StratifiedAutoencoder(nn.Module):
     def measure_by(self, metric: Metric) -> None:
         """Take the metric's form: e A e' is the squared error in model space, scaled so that tr A = D."""
         if self._refines:
-            unit_DD = torch.eye(self.form_DD.shape[0], device=self.form_DD.device)
+            unit_DD = torch.eye(self.form_DD.shape[0]).to(self.form_DD)
             form_DD = metric.raw_direction(White(metric.raw_direction(White(unit_DD))))
             self.form_DD.copy_(form_DD / form_DD.diagonal().mean())
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import pytest
 import torch
 
 from spalf.core.values import White
-from spalf.engine import export, frontier
-from spalf.errors import CheckpointError
+from spalf.engine import frontier
 from spalf.kernels.reference import ReferenceOps
 from spalf.parts.activation import JumpReLU
 from spalf.parts.kernel import TorchOps
@@ -93,12 +91,6 @@ def test_an_entry_in_the_window_that_is_off_keeps_its_gradient() -> None:
         found += torch.autograd.grad((z_BK * weight_BK).sum(), cast(Any, view.sae.activator).log_threshold_F)
     assert bool((found[1] != 0).any())
     torch.testing.assert_close(*found)
-
-
-def test_no_format_has_such_codes() -> None:
-    view = refining()
-    with pytest.raises(CheckpointError, match=r"refined after the selection.*activation\.refine = false"):
-        export.fold(view.metric, view.sae)
 
 
 @torch.no_grad()

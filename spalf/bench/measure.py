@@ -23,7 +23,7 @@ from spalf.core.values import White
 from spalf.engine import evaluate as measuring
 from spalf.engine import matching
 from spalf.engine.build import build
-from spalf.engine.step import dead_window
+from spalf.engine.step import dead_window, look, mode
 from spalf.exchange import adopt, formats
 
 SAME = 0.7
@@ -55,6 +55,18 @@ def measure(plan: Plan, state: TrainingState, shared: Recipe, decoder: Path | No
         with torch.no_grad():
             write_rows(decoder, state.metric.raw_direction(White(state.sae.W_dec_FD)), state.sae.rows)
     return flat(scores, state.sae.rows)
+
+
+def silent(plan: Plan, state: TrainingState, activations: int) -> float:
+    """Share of features that fire on none of about so many activations [B, D] of the stream's training documents.
+
+    Held-out text is short as a rule, and a feature that fires once in a million activations is alive.
+    """
+    fired_F = torch.zeros_like(state.silent_F)
+    with torch.no_grad(), mode(state.sae, training=False):
+        for _ in range(max(1, activations // plan.recipe.budget.batch)):
+            fired_F += look(state, state.stream.next(plan.recipe.budget.batch).x_BD).code.fired_F()
+    return float((fired_F == 0).double().mean())
 
 
 def adopted(

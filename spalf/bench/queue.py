@@ -210,6 +210,7 @@ class Queue:
             "base": str(self._recipe),
             "held_out_seed": self._suite.held_out_seed,
             "device": place.device,
+            "silent": self._suite.silent,
             "decoder": str(self._rows_of(job.key)) if wanted else None,
         }
 

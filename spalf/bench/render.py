@@ -20,6 +20,7 @@ TITLES = {
     "loss_recovered": "loss recovered",
     "kl": "KL",
     "dead": "dead",
+    "silent": "silent",
     "mcc": "MCC",
     "f1": "F1",
     "uniqueness": "uniqueness",
@@ -73,7 +74,7 @@ def _section(suite: Suite, lines: Sequence[Line], held: Sequence[Line], plot: st
     every = rows(suite, held)
     out = [f"## Suite {suite.name}", ""]
     out += [suite.about.strip(), ""] if suite.about else []
-    out += [f"![{suite.name}: error against L0]({plot})", "", *_results(every), ""]
+    out += [f"![{suite.name}: error against L0]({plot})", "", *_results(every, suite.silent), ""]
     for part in (
         _comparison(every),
         _relative(every),
@@ -86,7 +87,7 @@ def _section(suite: Suite, lines: Sequence[Line], held: Sequence[Line], plot: st
     return [*out, *_made(suite, held), ""]
 
 
-def _results(every: Sequence[Row]) -> list[str]:
+def _results(every: Sequence[Row], silent: int) -> list[str]:
     """Means over seeds with their standard deviation."""
     names = [name for name in TITLES if any(row.mean(name) is not None for row in every)]
     if not every:
@@ -97,14 +98,18 @@ def _results(every: Sequence[Row]) -> list[str]:
         rate = "-" if row.lr is None else f"{row.lr:g}"
         setting = f"{axis_name(row.method.axis)} {row.setting:g}"
         body.append([row.method.title, setting, rate, str(len(row.seeds)), *(_value(row, name) for name in names)])
-    return [*_table(head, body), "", "Means over seeds; behind +- the standard deviation over seeds."]
+    said = "Means over seeds; behind +- the standard deviation over seeds."
+    if "dead" in names:
+        said += " Dead: fire on none of 65,536 held-out activations"
+        said += f"; silent: on none of {silent:,} of the training documents." if "silent" in names else "."
+    return [*_table(head, body), "", said]
 
 
 def _value(row: Row, name: str) -> str:
     mean, spread = row.mean(name), row.spread(name)
     if mean is None:
         return "-"
-    digits: Callable[[float], str] = (lambda v: f"{100 * v:.2f} %") if name == "dead" else _digits
+    digits: Callable[[float], str] = (lambda v: f"{100 * v:.2f} %") if name in ("dead", "silent") else _digits
     return digits(mean) if spread is None else f"{digits(mean)} +- {digits(spread)}"
 
 

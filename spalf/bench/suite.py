@@ -27,6 +27,7 @@ PEERS: Mapping[str, str] = {
 }
 """What a peer's trainer is called here -> its option that takes an L0; "" where it has none."""
 L0, LR = "knobs.L0_target", "knobs.lr"
+VARIED = "__varied__"  # the key of a method's table that says which value is to be multiplied; no recipe has it
 
 
 @frozen(kw_only=True)
@@ -107,6 +108,8 @@ class Suite:
     evaluators: Table = field(hash=False)
     """Of every method alike, by name; {} takes what the source allows, with defaults."""
     held_out_seed: int
+    silent: int
+    """Activations of the training documents on which a silent feature never fires; 0: not measured."""
     peers: Peers
     agreement: Agreement
     methods: tuple[Method, ...]
@@ -132,7 +135,8 @@ def read(path: str | Path) -> Suite:
 def _suite(top: Fields, file: Path) -> Suite:
     about, base, table = top.text("about", ""), top.text("base", REQUIRED), top.table("with", {})
     seeds, l0 = top.integers("seeds", (0,)), top.numbers("l0", ())
-    evaluators, held_out_seed = top.table("evaluator", {}), top.integer("held_out_seed", 0)
+    evaluators = top.table("evaluator", {})
+    held_out_seed, silent = top.integer("held_out_seed", 0), top.integer("silent", 0)
     peers, agreement = _peers(top.inner("peers")), _agreement(top.inner("agreement"))
     drafts: dict[str, Method] = {}
     given = top.table("method", REQUIRED)
@@ -156,6 +160,7 @@ def _suite(top: Fields, file: Path) -> Suite:
         table=table,
         evaluators=evaluators,
         held_out_seed=held_out_seed,
+        silent=silent,
         peers=peers,
         agreement=agreement,
         methods=tuple(methods),
@@ -283,10 +288,6 @@ def _varied(inner: Fields, drafts: Mapping[str, Method]) -> list[Method]:
         for key in keys
         for factor in factors
     ]
-
-
-VARIED = "__varied__"
-"""The key of a method's table that says which value is to be multiplied; no recipe has it."""
 
 
 def _beside(name: str, file: Path) -> str:

@@ -80,11 +80,14 @@ def adopt(table: Table) -> dict[str, Any]:
 
 
 def _measured(table: Table, plan: Plan, state: TrainingState, shared: Recipe) -> dict[str, Any]:
-    from spalf.bench.measure import measure
+    from spalf.bench.measure import measure, silent
     from spalf.engine.checkpoint import versions
 
     decoder = Path(table["decoder"]) if table.get("decoder") else None
-    return {"measures": measure(plan, state, shared, decoder), "versions": versions()}
+    measures = measure(plan, state, shared, decoder)
+    if table.get("silent"):
+        measures["silent"] = silent(plan, state, table["silent"])
+    return {"measures": measures, "versions": versions()}
 
 
 def agree(table: Table) -> dict[str, Any]:

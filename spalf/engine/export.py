@@ -25,10 +25,16 @@ from spalf.engine.checkpoint import sync, versions
 from spalf.errors import CheckpointError
 
 FORMAT = "spalf.dictionary.1"
+REFINED_FORMAT = "spalf.dictionary.2"
+"""With `step`: a name of its own, so that a reader which would leave the refinement out refuses it."""
 FORMULA = "p = x W_enc' + b_enc;  z = p where p > threshold, else 0;  x_hat = z W_dec + b_dec"
 FORMULA_K = (
     "p = x W_enc' + b_enc;  z = p where p > threshold and p / scale is among the k largest of its row, else 0;  "
     "x_hat = z W_dec + b_dec"
+)
+FORMULA_REFINED = (
+    "p = x W_enc' + b_enc;  u = p where p > threshold, else 0;  "
+    "z = max(0, u + step * (x - u W_dec - b_dec) W_dec') where p > threshold, else 0;  x_hat = z W_dec + b_dec"
 )
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 CHUNK = 8192  # rows folded at a time: both matrices in float64 at once are four times the model
@@ -42,15 +48,12 @@ def fold(metric: Metric, sae: Autoencoder, dtype: torch.dtype = torch.float64) -
     nothing subtracted first: p = x W_enc' + b_enc, z = p 1[p > threshold], x_hat = z W_dec + b_dec. Its codes are
     `scale` times the trained ones, so an activation that keeps the k largest has to sort by p / scale. A gated
     dictionary becomes one of this form: its gate is a threshold on what its magnitude is affine in.
-    Raises CheckpointError for signed and for refined codes, which have no such form.
+    Refined codes add `step` [F]: each open z becomes [z + step <x - x_hat, d>]+ with its unit row d, once. It is left
+    out where every step is 0.
+    Raises CheckpointError for signed codes, and for refined ones that are not selected by thresholds from 0 on.
     """
     if sae.activator.signed:
         raise CheckpointError("not exported: codes of this activation have both signs, and the format has z >= 0")
-    if sae.activator.refinement_F() is not None:
-        raise CheckpointError(
-            "not exported: codes are refined after the selection, and no format has that (train with "
-            "activation.refine = false)"
-        )
     wide = copy.deepcopy(metric).double() if isinstance(metric, nn.Module) else metric
     vector = torch.promote_types(dtype, torch.float32)
     # The raw point that the encoder's rows see as 0.
@@ -74,6 +77,10 @@ def fold(metric: Metric, sae: Autoencoder, dtype: torch.dtype = torch.float64) -
         parts["threshold"].append((c_F * threshold_F[rows]).to(vector))
         parts["scale"].append(c_F.to(vector))
     out = {name: torch.cat(chunks) for name, chunks in parts.items()}
+    step_F = _step(wide, sae)
+    if step_F is not None:
+        # z_raw = c z, and <e W^-2, w> = <x - x_hat, c d> / gain with d the unit row: each brings one c
+        out["step"] = (step_F * out["scale"].double().square()).to(vector)
     return {**out, "b_dec": wide.raw(b_dec_D).to(vector)}
 
 
@@ -85,6 +92,26 @@ def _affine(sae: Autoencoder) -> tuple[Tensor, Tensor, Tensor]:
         return bias_F, torch.ones_like(bias_F), threshold_F
     slope_F, shift_F = (x.double() for x in affine)
     return slope_F * bias_F + shift_F, slope_F, slope_F * threshold_F + shift_F
+
+
+def _step(metric: Metric, sae: Autoencoder) -> Tensor | None:
+    """The refinement [F] float64 in model space, for rows of length 1 there; None where nothing moves."""
+    activator = sae.activator
+    step_F = activator.refinement_F()
+    if step_F is None or not bool(step_F.any()):
+        return None
+    if activator.k or activator.affine_F() is not None or bool((activator.threshold_F() < 0).any()):
+        raise CheckpointError(
+            "not exported: refined codes are written where thresholds from 0 on select them, not of an activation "
+            "that keeps k, scales or lets negative ones through (train with activation.refine = false)"
+        )
+    return step_F.double() / (sae.log_gain.double().exp().square() * form_scale(metric))
+
+
+def form_scale(metric: Metric) -> Tensor:
+    """tr W^-2 / D, a scalar: what the form of an error in model space is divided by where codes are refined."""
+    unit_DD = torch.eye(metric.d_model, dtype=torch.float64, device=metric.variance("raw").device)
+    return metric.raw_square(White(unit_DD)) / metric.d_model
 
 
 def export(plan: Plan, state: TrainingState, directory: Path, dtype: str = "float32") -> Path:
@@ -100,11 +127,12 @@ def export(plan: Plan, state: TrainingState, directory: Path, dtype: str = "floa
     bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise CheckpointError(f"not exported, because these are not finite: {', '.join(bad)}")
-    config = json.dumps(_config(plan, state, dtype), indent=1) + "\n"
+    form = REFINED_FORMAT if "step" in tensors else FORMAT
+    config = json.dumps(_config(plan, state, dtype, form), indent=1) + "\n"
     return publish(
         directory,
         {
-            "sae.safetensors": lambda path: save_file(tensors, path, metadata={"format": FORMAT}),
+            "sae.safetensors": lambda path: save_file(tensors, path, metadata={"format": form}),
             "config.json": text_file(config),
         },
     )
@@ -136,11 +164,12 @@ def text_file(text: str) -> Callable[[Path], object]:
     return lambda path: path.write_text(text, encoding="utf-8")
 
 
-def _config(plan: Plan, state: TrainingState, dtype: str) -> dict[str, Any]:
+def _config(plan: Plan, state: TrainingState, dtype: str, form: str) -> dict[str, Any]:
     k = state.sae.activator.k
+    formula = FORMULA_REFINED if form == REFINED_FORMAT else FORMULA_K if k else FORMULA
     return {
-        "format": FORMAT,
-        "formula": FORMULA_K if k else FORMULA,
+        "format": form,
+        "formula": formula,
         "k": k,
         "d_model": plan.facts.d_model,
         "F": state.sae.width,

@@ -24,6 +24,7 @@ from spalf.core.state import TrainingState
 from spalf.core.values import Raw, White
 from spalf.engine import checkpoint, moments
 from spalf.engine.build import build, unopened
+from spalf.engine.export import form_scale
 from spalf.engine.step import dead_window
 from spalf.errors import ExchangeError
 from spalf.exchange.dictionary import Activation, Dictionary
@@ -86,7 +87,7 @@ def table_of(dictionary: Dictionary, name: str, recipe: str, sets: Sequence[str]
         "name": name,
         "knobs": {"F": dictionary.width, **({"L0_target": dictionary.k} if dictionary.k else {})},
         "whitener": "identity",
-        "activation": {"pre_bias": dictionary.centred},
+        "activation": {"pre_bias": dictionary.centred, **({} if dictionary.step_F is None else {"refine": True})},
         "stratum": {"free": {"unit_norm": _has_unit_rows(dictionary)}},
     }
     table = toml.merge(toml.read(PRESETS[dictionary.activation]), own)
@@ -141,7 +142,8 @@ def fit(plan: Plan, state: TrainingState, tokens: int) -> None:
 def pour(dictionary: Dictionary, plan: Plan, state: TrainingState) -> None:
     """Give a freshly built state the dictionary's numbers, in the coordinates of its metric, and the last phase.
 
-    Every feature counts as silent so far: one that fires on no held-out activation is then dead.
+    Every feature counts as silent so far: one that fires on no held-out activation is then dead. Raises ExchangeError
+    where the recipe's activation is not the dictionary's.
     """
     metric = copy.deepcopy(state.metric).double().cpu() if isinstance(state.metric, nn.Module) else state.metric
     zero_D = White(torch.zeros_like(dictionary.b_dec_D))
@@ -168,6 +170,14 @@ def pour(dictionary: Dictionary, plan: Plan, state: TrainingState) -> None:
         # Codes are rectified there: a threshold of 0 or less is one of 0, and its logarithm the least there is.
         least = torch.finfo(torch.float32).tiny
         values["_activator.log_threshold_F"] = dictionary.threshold_F.clamp(min=least).log()
+    if dictionary.step_F is not None:
+        # z moves by step <x - x_hat, d>, and here by s <e W^-2, w> / (gain scale), with d = gain w W^-1
+        values["_activator.step_F"] = dictionary.step_F * gain**2 * form_scale(metric)
+    state.sae.measure_by(state.metric)
+    lost = values.keys() - {name for name, _ in state.sae.named_parameters()}
+    if lost:
+        names = ", ".join(sorted(name.removeprefix("_activator.") for name in lost))
+        raise ExchangeError(f"the recipe's activation has no {names}, which the dictionary needs (leave it as it is)")
     for name, value in values.items():
         state.learner.assign(name, value)
     last = plan.recipe.phases[-1]

@@ -49,6 +49,7 @@ class Dictionary:
 
     relu: z = max(0, p). jumprelu: z = max(0, p) where p > threshold. topk: z = max(0, p) of the k largest p of a row.
     gated: with u = p - b_enc, z = max(0, exp(r_mag) u + b_enc) where u + b_gate > 0.
+    A jumprelu with `step` refines them once: z = max(0, z + step * (x - x_hat) W_dec') where z > 0.
     All tensors are float64 on the CPU.
     """
 
@@ -58,6 +59,7 @@ class Dictionary:
     b_enc_F: Tensor
     b_dec_D: Tensor
     threshold_F: Tensor | None = None
+    step_F: Tensor | None = None
     k: int = 0
     b_gate_F: Tensor | None = None
     r_mag_F: Tensor | None = None
@@ -85,7 +87,15 @@ class Dictionary:
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """Codes [B, F] of raw activations, in float64: what the class says, for checks and small batches."""
-        x_BD = x_BD.double() - self.b_dec_D if self.centred else x_BD.double()
+        x_BD = x_BD.double()
+        z_BF = self._selected(x_BD - self.b_dec_D if self.centred else x_BD)
+        if self.step_F is None:
+            return z_BF
+        pull_BF = (x_BD - self.decode(z_BF)) @ self.W_dec_FD.T
+        return (z_BF + self.step_F * pull_BF).relu() * (z_BF > 0)
+
+    def _selected(self, x_BD: Tensor) -> Tensor:
+        """Codes before a refinement of what the encoder's rows read."""
         linear_BF = x_BD @ self.W_enc_FD.T
         pre_BF = linear_BF + self.b_enc_F
         if self.activation == "gated":
@@ -141,6 +151,14 @@ class Dictionary:
                 "(export it as safetensors)"
             )
 
+    def refuse_step(self, library: str) -> None:
+        """Raises ExchangeError: a library without refinement would give other codes on the same support."""
+        if self.step_F is not None:
+            raise ExchangeError(
+                f"codes are refined after their selection, and {library} has no such form (train with the preset "
+                "spalf_plain, or export it as safetensors)"
+            )
+
 
 def _kept_as(name: str, dtype: torch.dtype) -> torch.dtype:
     """Of a field in a file: half of a matrix is worth having, half of a vector is not."""
@@ -165,6 +183,7 @@ def of_state(plan: Plan, state: TrainingState, about: About) -> Dictionary:
         b_enc_F=held["b_enc"],
         b_dec_D=held["b_dec"],
         threshold_F=held["threshold"],
+        step_F=held.get("step"),
         about=about,
     )
     activator = state.sae.activator
@@ -173,7 +192,7 @@ def of_state(plan: Plan, state: TrainingState, about: About) -> Dictionary:
         return _selecting(plain, activator.k, held["scale"])
     if affine is not None:
         return _gated(plain, affine[0].detach().double().cpu())
-    if not bool(held["threshold"].any()):
+    if plain.step_F is None and not bool(held["threshold"].any()):
         return evolve(plain, activation="relu", threshold_F=None)
     return plain
 

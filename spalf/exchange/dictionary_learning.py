@@ -55,6 +55,7 @@ NOT_CENTRED = ("JumpReluAutoEncoder", "AutoEncoderNew")
 def write(dictionary: Dictionary, directory: Path, dtype: torch.dtype) -> Path:
     """`directory` as utils.load_dictionary reads it. Raises ExchangeError at what the library cannot express."""
     dictionary.refuse_negative_thresholds("dictionary_learning")
+    dictionary.refuse_step("dictionary_learning")
     kind = CLASSES[dictionary.activation]
     plain = dictionary.recentred(kind not in NOT_CENTRED).rounded(dtype)
     own = plain.tensors()

@@ -27,9 +27,10 @@ LOADING: Mapping[str, tuple[str, str]] = {
     ),
     "safetensors": (
         "spalf",
-        "from huggingface_hub import hf_hub_download\n"
-        "from safetensors.torch import load_file\n\n"
-        'tensors = load_file(hf_hub_download("{repo}", "{folder}/sae.safetensors"))',
+        "from huggingface_hub import snapshot_download\n"
+        "from spalf.exchange.formats import read\n\n"
+        'dictionary = read(snapshot_download("{repo}") + "/{folder}", "safetensors")\n'
+        "# x_hat = dictionary.decode(dictionary.encode(x)); config.json has the formula",
     ),
 }
 """Per format: the library's tag on the hub, and how to load it from there."""

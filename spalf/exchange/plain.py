@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from spalf.engine.export import FORMAT
+from torch import Tensor
+
+from spalf.engine.export import FORMAT, REFINED_FORMAT
 from spalf.errors import ExchangeError
 from spalf.exchange import files
 from spalf.exchange.dictionary import About, Dictionary
@@ -14,11 +17,13 @@ def read(directory: Path) -> Dictionary:
     """A folder that `spalf export` wrote. Raises ExchangeError at one that is none, or is cut short."""
     path, weights = directory / "config.json", directory / "sae.safetensors"
     config = files.read_json(path)
-    if config.get("format") != FORMAT:
-        raise ExchangeError(f"{path}: format is {config.get('format')!r}, this version reads {FORMAT!r}")
+    form = config.get("format")
+    if form not in (FORMAT, REFINED_FORMAT):
+        raise ExchangeError(f"{path}: format is {form!r}, this version reads {FORMAT!r} and {REFINED_FORMAT!r}")
     held = files.read_safetensors(weights)
     width, d_model = files.matrix(weights, held, "W_enc")
-    vectors = dict.fromkeys(("b_enc", "threshold", "scale"), (width,))
+    names = ("b_enc", "threshold", "scale", *(("step",) if form == REFINED_FORMAT else ()))
+    vectors = dict.fromkeys(names, (width,))
     found = files.take(
         weights, held, {"W_enc": (width, d_model), "W_dec": (width, d_model), "b_dec": (d_model,), **vectors}
     )
@@ -26,7 +31,8 @@ def read(directory: Path) -> Dictionary:
     scale_F = found["scale"] if k else found["scale"].new_ones(width)
     if k and bool(found["threshold"].any()):
         raise ExchangeError(f"{path}: has both k and thresholds, which no activation here has")
-    is_relu = not k and not bool(found["threshold"].any())
+    step_F = _step(path, found, k)
+    is_relu = not k and step_F is None and not bool(found["threshold"].any())
     return Dictionary(
         activation="topk" if k else "relu" if is_relu else "jumprelu",
         k=k,
@@ -35,6 +41,7 @@ def read(directory: Path) -> Dictionary:
         b_enc_F=found["b_enc"] / scale_F,
         b_dec_D=found["b_dec"],
         threshold_F=None if k or is_relu else found["threshold"],
+        step_F=step_F,
         about=About(
             model=files.text(config, "model"),
             hook=files.text(config, "hook"),
@@ -42,3 +49,13 @@ def read(directory: Path) -> Dictionary:
             details={"recipe": config.get("recipe"), "step": config.get("step")},
         ),
     )
+
+
+def _step(path: Path, found: Mapping[str, Tensor], k: int) -> Tensor | None:
+    """The refinement, or None without one and where it moves nothing."""
+    step_F = found.get("step")
+    if step_F is None or not bool(step_F.any()):
+        return None
+    if k or bool((found["threshold"] < 0).any()):
+        raise ExchangeError(f"{path}: has steps with k or with thresholds below 0, which no activation here has")
+    return step_F

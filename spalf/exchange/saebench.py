@@ -48,7 +48,7 @@ class SAEBenchDictionary(nn.Module):
     """Any dictionary of spalf with the interface of SAEBench's BaseSAE, unit decoder rows included.
 
     Parameters: W_enc [D, F], W_dec [F, D], b_enc [F], b_dec [D]. For a selection by order (k > 0) the unit rows make
-    codes longer; `scale_F` undoes that before the order is asked for.
+    codes longer; `scale_F` undoes that before the order is asked for. `step_F` refines codes where it is not None.
     """
 
     W_enc: nn.Parameter
@@ -57,6 +57,7 @@ class SAEBenchDictionary(nn.Module):
     b_dec: nn.Parameter
     threshold_F: Tensor
     scale_F: Tensor
+    step_F: Tensor | None
 
     def __init__(self, dictionary: Dictionary, *, training_tokens: int = -100_000) -> None:
         """Raises ExchangeError where the dictionary's file names no model or no block, which SAEBench needs."""
@@ -76,6 +77,9 @@ class SAEBenchDictionary(nn.Module):
         assert plain.threshold_F is not None
         self.register_buffer("threshold_F", (plain.threshold_F * length_F).float())
         self.register_buffer("scale_F", length_F.float())
+        # Codes and rows both have a length to give up.
+        step_F = None if plain.step_F is None else (plain.step_F * length_F.square()).float()
+        self.register_buffer("step_F", step_F)
         self.k = plain.k
         self.cfg = Config(
             model_name=about.model,
@@ -102,6 +106,9 @@ class SAEBenchDictionary(nn.Module):
         """Codes [..., F] of raw activations [..., D]."""
         pre = x.to(self.dtype) @ self.W_enc + self.b_enc
         z = pre.relu() * (pre > self.threshold_F)
+        if self.step_F is not None:
+            pull = (x.to(self.dtype) - self.decode(z)) @ self.W_dec.T
+            return (z + self.step_F * pull).relu() * (z > 0)
         if not self.k:
             return z
         chosen = (pre / self.scale_F).topk(self.k, dim=-1, sorted=False).indices

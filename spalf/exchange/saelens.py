@@ -29,6 +29,7 @@ NORMALISED = "folded on saving by the trainers that use it; otherwise train with
 def write(dictionary: Dictionary, directory: Path, dtype: torch.dtype) -> Path:
     """`directory` as SAE.load_from_disk reads it. Raises ExchangeError at what SAELens cannot express."""
     dictionary.refuse_negative_thresholds("SAELens")
+    dictionary.refuse_step("SAELens")
     plain = dictionary.recentred(False).rounded(dtype)
     held: dict[str, Tensor] = {"W_enc": plain.W_enc_FD.T, "W_dec": plain.W_dec_FD, "b_dec": plain.b_dec_D}
     if plain.activation == "gated":

@@ -43,6 +43,7 @@ name = "toy"
 seed = 1
 phases = ["calibrate", "fit"]
 strata = ["free"]
+activation = { refine = false }
 knobs = { F = 64, L0_target = 6, R2_target = 0.8, lr = 3e-3 }
 budget = { tokens = 12_800, batch = 128 }
 record = { log_every = 10, save_every = 1000, keep = 1 }

@@ -24,6 +24,7 @@ l0 = [4]
 with = {{ budget = {{ tokens = 20_480 }}, knobs = {{ F = 64 }}, phase.calibrate.samples = 4096 }}
 evaluator.ground_truth = {{ rows = 2048 }}
 agreement = {{ at = [4], rows = 32 }}
+silent = 1024
 [peers]
 normalise = 4
 [method.topk]
@@ -81,10 +82,11 @@ def test_a_killed_queue_goes_on_where_it_was(tmp_path: Path) -> None:
     by_name = {line["job"]["name"]: line for line in lines}
     measures = by_name["topk/l0-4/seed-0"]["measures"]
     assert measures["l0"] == pytest.approx(4.0, abs=1e-3)
-    assert {"fvu", "dead", "mcc", "f1", "uniqueness"} <= set(measures)
+    assert {"fvu", "dead", "silent", "mcc", "f1", "uniqueness"} <= set(measures)
     assert 0 < by_name["topk/l0-4/agreement-0-1"]["measures"]["pw_mcc"] < 1
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "### Failed" in page
+    assert "silent: on none of 1,024 of the training documents" in page
     again, _ = quality(suite, out=out, device="cpu", minutes=0)
     assert set(again.done) == set(outcome.done)
 

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from spalf.bench import results
 from spalf.bench import suite as suites
 from spalf.bench.choice import read_at
-from spalf.bench.measure import agreement, flat, write_rows
+from spalf.bench.measure import agreement, flat, silent, write_rows
 from spalf.bench.render import render, replaced
 from spalf.bench.summary import against, current, rows
 from spalf.bench.trainers import ring
 from spalf.errors import RecipeError
+from spalf.testing import started, toy_plan
 
 SUITE = """
 base = "toy.toml"
@@ -224,3 +225,15 @@ def test_everybody_reads_the_same_stream(tmp_path: Path) -> None:
         reader.join()
     assert seen == [[float(n) for n in range(50)], [float(n) for n in range(7)]]
     assert writer.consumers == 1
+
+
+def test_silent_features_are_those_that_never_fire_on_the_training_stream() -> None:
+    plan = toy_plan()
+    state = started(plan, 1)
+    log_threshold_F = state.sae.activator.log_threshold_F
+    assert isinstance(log_threshold_F, torch.Tensor)
+    log_threshold_F.data[:16] = 20.0
+    few, many = silent(plan, state, 128), silent(plan, state, 4096)
+    assert 0.25 <= many <= few < 1.0
+    log_threshold_F.data[:] = 20.0
+    assert silent(plan, state, 1) == 1.0

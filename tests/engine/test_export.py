@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,11 +18,11 @@ from spalf.core.values import Clock, Facts, Machine, Raw
 from spalf.engine import export as exporting
 from spalf.engine.export import export, fold
 from spalf.errors import CheckpointError
-from spalf.kernels import reference
+from spalf.kernels.reference import ReferenceOps
 from spalf.nn import StratifiedAutoencoder
 from spalf.parts.activation import JumpReLU
 from spalf.parts.whitener import Identity, SoftZca, Zca
-from spalf.testing.primal_linear import D, fitted, sample
+from spalf.testing.primal_linear import FACTS, D, fitted, sample
 
 F = 40
 METRICS = {
@@ -32,17 +33,10 @@ METRICS = {
 }
 
 
-class Oracle:
-    """The reference operations, without a machine to choose them."""
-
-    encode = staticmethod(lambda white_BD, sae, dense: reference.encode(white_BD, sae))
-    decode = staticmethod(reference.decode)
-
-
-def dictionary() -> StratifiedAutoencoder:
+def dictionary(refine: bool = False) -> StratifiedAutoencoder:
     """Random and float64, a gain away from 1, rows of both matrices away from unit norm, each bias in use."""
-    activator = JumpReLU().build(F)
-    machine = Machine(device=torch.device("cpu"), ops=cast(Ops, Oracle()))
+    activator = JumpReLU(refine=refine).build(F)
+    machine = Machine(device=torch.device("cpu"), ops=cast(Ops, ReferenceOps()))
     sae = StratifiedAutoencoder(D, {"anchored": 10, "free": F - 10}, cast(Activator, activator), machine)
     draw = torch.Generator().manual_seed(3)
     for parameter in sae.parameters():
@@ -97,6 +91,60 @@ def test_a_row_of_zeros_stays_zero() -> None:
     assert all(bool(torch.isfinite(tensor).all()) for tensor in out.values())
 
 
+def refining(component: Any, x_BD: Tensor) -> tuple[StratifiedAutoencoder, Metric]:
+    """A refined dictionary and its metric, both float64: in float32, W W^-1 is the identity to seven digits alone."""
+    metric = component.build(FACTS).double()
+    component.fit_(metric, x_BD.mean(0), torch.cov(x_BD.T, correction=0))
+    sae = dictionary(refine=True).double()
+    sae.measure_by(metric)
+    return sae, metric
+
+
+def refolded(d: dict[str, Tensor], x_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """What config.json's formula says of a dictionary with steps."""
+    hat_BD, u_BF = folded(d, x_BD)
+    moved_BF = (u_BF + d["step"] * ((x_BD - hat_BD) @ d["W_dec"].T)).clamp(min=0)
+    z_BF = torch.where(x_BD @ d["W_enc"].T + d["b_enc"] > d["threshold"], moved_BF, 0.0)
+    return z_BF @ d["W_dec"] + d["b_dec"], z_BF
+
+
+@pytest.mark.parametrize("component", METRICS.values(), ids=METRICS.keys())
+def test_a_refinement_is_one_number_per_feature_in_model_space(component, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form A that errors are measured by turns into a plain product with unit rows, whatever the whitening."""
+    monkeypatch.setattr(exporting, "CHUNK", 16)
+    x_BD = sample(256)
+    sae, metric = refining(component, x_BD)
+    out = fold(metric, sae)
+    wanted, z_BF = whitened(sae, metric, x_BD)
+    got, raw_z_BF = refolded(out, x_BD)
+    selected_BF = folded(out, x_BD)[1]
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9 * float(wanted.abs().max()))
+    wanted_BF = z_BF * out["scale"]
+    torch.testing.assert_close(raw_z_BF, wanted_BF, rtol=0, atol=1e-9 * float(wanted_BF.abs().max()))
+    # Steps of both signs, coefficients that moved by much, and some that were taken to 0.
+    assert bool((out["step"] > 0).any())
+    assert bool((out["step"] < 0).any())
+    assert float((raw_z_BF - selected_BF).norm() / selected_BF.norm()) > 0.05
+    assert bool(((selected_BF > 0) & (raw_z_BF == 0)).any())
+
+
+def test_a_row_of_zeros_is_not_refined() -> None:
+    x_BD = sample(256)
+    sae, metric = refining(SoftZca(), x_BD)
+    sae.W_dec_FD.data[7] = 0
+    wanted, _ = whitened(sae, metric, x_BD)
+    got, _ = refolded(fold(metric, sae), x_BD)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(("name", "value"), [("k", 3), ("affine_F", (torch.ones(F), torch.ones(F)))])
+def test_a_refinement_after_another_selection_is_refused(name: str, value: Any, monkeypatch: Any) -> None:
+    sae, metric = refining(SoftZca(), sample(256))
+    monkeypatch.setattr(sae.activator, name, (lambda: value) if name == "affine_F" else value)
+    with pytest.raises(CheckpointError, match=r"refined codes are written where .* activation\.refine = false"):
+        fold(metric, sae)
+
+
 def plan_and_state() -> tuple[Plan, TrainingState]:
     """As much of a run as an export reads."""
     plan = SimpleNamespace(
@@ -141,6 +189,31 @@ def test_config_says_what_it_is(tmp_path: Path) -> None:
     assert config["format"] == exporting.FORMAT
     assert config["strata"] == {"anchored": [0, 10], "free": [10, F]}
     assert "torch" in config["versions"]
+
+
+def test_steps_have_a_format_of_their_own(tmp_path: Path) -> None:
+    """An older reader would leave them out without a word."""
+    plan, state = plan_and_state()
+    state.sae = refined = dictionary(refine=True)
+    refined.measure_by(state.metric)
+    out = export(plan, state, tmp_path)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["format"], config["formula"]) == (exporting.REFINED_FORMAT, exporting.FORMULA_REFINED)
+    with safe_open(out / "sae.safetensors", "pt") as held:
+        assert held.metadata() == {"format": exporting.REFINED_FORMAT}
+        assert held.get_tensor("step").dtype == torch.float32
+
+
+def test_steps_of_zero_leave_a_plain_dictionary(tmp_path: Path) -> None:
+    """Byte for byte: the refinement that training starts with is none."""
+    plan, state = plan_and_state()
+    plain = export(plan, state, tmp_path / "plain")
+    state.sae = dictionary(refine=True)
+    cast(Any, state.sae.activator).step_F.data.zero_()
+    refined = export(plan, state, tmp_path / "refined")
+    for name in ("sae.safetensors", "config.json"):
+        assert (refined / name).read_bytes() == (plain / name).read_bytes()
+    assert json.loads((plain / "config.json").read_text())["format"] == "spalf.dictionary.1"
 
 
 def test_an_export_replaces_an_older_one_and_nothing_else(tmp_path: Path) -> None:

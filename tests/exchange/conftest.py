@@ -19,7 +19,10 @@ ABOUT = About(model="toy/model", hook="blocks.3.hook_resid_post", context=64, bo
 
 @pytest.fixture
 def make() -> Callable[..., Dictionary]:
-    """A random dictionary: `make("gated", centred=True)`; decoder rows have no particular length."""
+    """A random dictionary: `make("gated", centred=True)`; decoder rows have no particular length.
+
+    "refined" is a jumprelu with steps of both signs.
+    """
 
     def made(activation: Any, *, centred: bool = False, seed: int = 0, about: About = ABOUT) -> Dictionary:
         draw = torch.Generator().manual_seed(seed)
@@ -30,11 +33,12 @@ def make() -> Callable[..., Dictionary]:
         extra: dict[str, Any] = {
             "relu": dict[str, Any](),
             "jumprelu": {"threshold_F": normal(F).abs()},
+            "refined": {"threshold_F": normal(F).abs(), "step_F": 0.02 * normal(F)},
             "topk": {"k": 4},
             "gated": {"b_gate_F": normal(F), "r_mag_F": 0.5 * normal(F)},
         }[activation]
         return Dictionary(
-            activation=activation,
+            activation="jumprelu" if activation == "refined" else activation,
             W_enc_FD=normal(F, D),
             W_dec_FD=normal(F, D),
             b_enc_F=normal(F),
@@ -55,8 +59,18 @@ def x_BD() -> Tensor:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JumpReLU of a few steps on a synthetic source, whitened."""
+    return trained(tmp_path_factory, "name=run")
+
+
+@pytest.fixture(scope="session")
+def refined_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with refined codes; a few steps at this rate leave steps of some hundredths."""
+    return trained(tmp_path_factory, "name=refined", "activation.refine=true")
+
+
+def trained(tmp_path_factory: pytest.TempPathFactory, *own: str) -> Path:
     sets = (
-        "name=run",
+        *own,
         "whitener=soft_zca",
         "source={use='synthetic', d_model=12, features=24}",
         "knobs={F=32, L0_target=4, lr=3e-3}",

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli
@@ -10,10 +11,10 @@ from attrs import evolve
 
 import spalf
 from spalf import launch
-from spalf.core.values import White
+from spalf.core.values import Raw, White
 from spalf.errors import ExchangeError, RecipeError
 from spalf.exchange import saelens
-from spalf.exchange.adopt import table_of
+from spalf.exchange.adopt import adopt, table_of
 from spalf.exchange.verbs import import_dictionary
 from spalf.parts.source.synthetic import Synthetic
 
@@ -52,6 +53,35 @@ def test_it_computes_what_it_computed(kind: str, centred: bool, make, x_BD, tmp_
     assert torch.equal(code.dense() > 0, z_BF > 0)
     torch.testing.assert_close(code.dense().double(), z_BF, rtol=0, atol=1e-5)
     torch.testing.assert_close(hat_BD.double(), one.decode(z_BF), rtol=0, atol=1e-4)
+
+
+def test_a_refinement_is_poured_in_whatever_the_whitening(make, x_BD, tmp_path: Path) -> None:
+    """Steps are relative to the trace of the metric's form and to the gain: both differ from one here."""
+    one = make("refined", centred=True)
+    arguments: dict[str, Any] = {"format": "mine", "recipe": "", "tokens": 4096, "device": torch.device("cpu")}
+    for whitener in ("identity", "soft_zca", "zca"):
+        sets = (*SOURCE, f"whitener={whitener}")
+        run = adopt(one, tmp_path / whitener, sets=sets, **arguments)
+        _, _, state = launch.closed(run)
+        with torch.no_grad():
+            code = state.sae.encode(state.metric.white(Raw(x_BD.float())), dense=True)
+        z_BF = one.encode(x_BD)
+        torch.testing.assert_close(code.dense().double(), z_BF, rtol=0, atol=1e-5 * float(z_BF.max()))
+
+
+def test_an_activation_that_cannot_hold_it_is_refused(make, tmp_path: Path) -> None:
+    sets = (*SOURCE, "activation.refine=false")
+    with pytest.raises(ExchangeError, match="the recipe's activation has no step_F"):
+        adopt(
+            make("refined"),
+            tmp_path / "run",
+            format="mine",
+            recipe="",
+            sets=sets,
+            tokens=0,
+            device=torch.device("cpu"),
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_it_can_be_loaded_and_measured(folder: Path, tmp_path: Path) -> None:

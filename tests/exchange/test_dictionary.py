@@ -8,7 +8,7 @@ from spalf import launch
 from spalf.errors import ExchangeError
 from spalf.exchange.dictionary import About, of_state
 
-KINDS = ["relu", "jumprelu", "topk", "gated"]
+KINDS = ["relu", "jumprelu", "refined", "topk", "gated"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -41,6 +41,17 @@ def test_rounding_acts_on_what_is_left_of_the_mean(kind, centred, make) -> None:
     coarse = evolve(exact, W_enc_FD=exact.W_enc_FD.to(torch.bfloat16).double())
     careless, careful = (float((d.encode(x_BD) - wanted).abs().mean()) for d in (coarse, exact.rounded(torch.bfloat16)))
     assert careful < (0.02 if centred else 0.05 * careless)
+
+
+def test_a_refinement_is_a_step_down_the_error(make, x_BD) -> None:
+    """By autograd: the error's gradient in z at the selected codes, half a step of it, on what is on."""
+    one = make("refined")
+    plain_BF = evolve(one, step_F=None).encode(x_BD).requires_grad_(True)
+    (slope_BF,) = torch.autograd.grad((x_BD - one.decode(plain_BF)).square().sum(), plain_BF)
+    moved_BF = (plain_BF - one.step_F * slope_BF / 2).clamp(min=0)
+    z_BF = one.encode(x_BD)
+    torch.testing.assert_close(z_BF, torch.where(plain_BF > 0, moved_BF, 0.0), rtol=0, atol=1e-12)
+    assert not torch.allclose(z_BF, plain_BF, atol=1e-3)
 
 
 def test_the_top_k_are_k(make, x_BD) -> None:

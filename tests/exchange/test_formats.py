@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spalf.errors import ExchangeError
 from spalf.exchange import dictionary_learning, formats, saelens, sparsify
+from spalf.exchange.verbs import export
 
 KINDS = ["relu", "jumprelu", "topk", "gated"]
 
@@ -28,6 +29,16 @@ def test_there_and_back(form: str, kind: str, centred: bool, make, x_BD, tmp_pat
     torch.testing.assert_close(back.encode(x_BD), z_BF, rtol=0, atol=1e-5)
     torch.testing.assert_close(back.decode(z_BF), one.decode(z_BF), rtol=1e-5, atol=1e-5)
     assert (back.about.model, back.about.hook, back.about.context) == ("toy/model", "blocks.3.hook_resid_post", 64)
+
+
+@pytest.mark.parametrize("form", formats.WRITERS)
+def test_refined_codes_are_refused_with_the_remedy(form: str, make, tmp_path: Path) -> None:
+    """Without the refinement the same features would be on, with other values: a mistake that nothing shows."""
+    with pytest.raises(
+        ExchangeError, match=r"refined after their selection, and .*preset spalf_plain, or .*safetensors"
+    ):
+        formats.WRITERS[form](make("refined"), tmp_path / "out", torch.float32)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("form", formats.WRITERS)
@@ -201,3 +212,51 @@ def test_another_version_of_our_own_form_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"format": "spalf.dictionary.9"}', encoding="utf-8")
     with pytest.raises(ExchangeError, match=r"format is 'spalf.dictionary.9'"):
         formats.read(tmp_path, "safetensors")
+
+
+@pytest.fixture
+def refined_folder(refined_run: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Our own form of a refined run, with changes to its config and tensors; None takes a tensor away."""
+
+    def written(config: dict[str, Any] | None = None, tensors: dict[str, Tensor | None] | None = None) -> Path:
+        out = export(refined_run, tmp_path / "refined")
+        told = json.loads((out / "config.json").read_text(encoding="utf-8")) | (config or {})
+        (out / "config.json").write_text(json.dumps(told), encoding="utf-8")
+        held: dict[str, Any] = {**load_file(out / "sae.safetensors"), **(tensors or {})}
+        save_file({k: v for k, v in held.items() if v is not None}, out / "sae.safetensors")
+        return out
+
+    return written
+
+
+def test_steps_are_read(refined_folder) -> None:
+    found = formats.read(refined_folder(), "safetensors")
+    assert found.activation == "jumprelu"
+    assert found.step_F is not None
+    assert float(found.step_F.abs().min()) > 0
+
+
+def test_steps_of_zero_are_none(refined_folder) -> None:
+    assert formats.read(refined_folder(tensors={"step": torch.zeros(32)}), "safetensors").step_F is None
+
+
+def test_steps_over_thresholds_of_zero_stay(refined_folder) -> None:
+    """Such a dictionary is no ReLU."""
+    found = formats.read(refined_folder(tensors={"threshold": torch.zeros(32)}), "safetensors")
+    assert found.activation == "jumprelu"
+    assert found.step_F is not None
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "said"),
+    [
+        ({"format": "spalf.dictionary.1"}, {}, "step is not known"),
+        ({}, {"step": None}, "step is missing"),
+        ({}, {"step": torch.zeros(31)}, r"step has shape \(31,\), not \(32,\)"),
+        ({}, {"threshold": -torch.ones(32)}, "has steps with k or with thresholds below 0"),
+        ({"k": 3}, {"threshold": torch.zeros(32)}, "has steps with k or with thresholds below 0"),
+    ],
+)
+def test_steps_that_do_not_belong(config: Any, tensors: Any, said: str, refined_folder) -> None:
+    with pytest.raises(ExchangeError, match=said):
+        formats.read(refined_folder(config, tensors), "safetensors")

@@ -11,7 +11,7 @@ from spalf.exchange import saelens
 from spalf.exchange.dictionary import About
 from spalf.exchange.saebench import SAEBenchDictionary, load
 
-KINDS = ["relu", "jumprelu", "topk", "gated"]
+KINDS = ["relu", "jumprelu", "refined", "topk", "gated"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -22,6 +22,7 @@ def test_it_reconstructs_what_the_dictionary_does(kind, centred, make, x_BD) -> 
     z_BF = one.encode(x_BD)
     codes_BF = adapter.encode(x_BD.float())
     assert torch.equal(codes_BF > 0, z_BF > 0)
+    assert (adapter.step_F is not None) == (kind == "refined")
     torch.testing.assert_close(adapter(x_BD.float()).double(), one.decode(z_BF), rtol=0, atol=1e-4)
     lengths_F = one.W_dec_FD.norm(dim=1)
     torch.testing.assert_close(codes_BF.double(), z_BF * lengths_F, rtol=0, atol=1e-4)

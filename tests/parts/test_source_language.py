@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,26 @@ def test_nothing_runs_behind_the_hook_and_the_model_is_left_clean(neox: str, tex
         handle.remove()
     assert not any(b._forward_hooks for b in blocks), "a hook stays behind"
     assert not any(p.requires_grad for p in model._model.parameters())
+
+
+def test_compiled_blocks_give_the_same_and_stop_at_the_same_hook(
+    neox: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a backend that runs what was traced as it is: another one rounds in another order."""
+    traced: list[str] = []
+
+    def as_it_is(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        traced.append(module.code)
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=as_it_is))
+    plain, compiled = (opened(Huggingface(**options(neox, text, layer=1, compiled=c))) for c in (False, True))
+    assert torch.equal(plain.next(64).x_BD, compiled.next(64).x_BD)
+    assert traced
+    part = compiled.sequences(2)
+    torch.testing.assert_close(compiled.logits(part, None), plain.logits(part, None))
+    shifted = compiled.logits(part, lambda x_STD: x_STD + 1.0)
+    torch.testing.assert_close(shifted, plain.logits(part, lambda x_STD: x_STD + 1.0))
 
 
 def test_training_rows_leave_out_position_0(neox: str, text: str) -> None:

@@ -31,7 +31,11 @@ RUNS = {
     "batch_topk": ("batch_topk", "soft_zca"),
     "gated": ("gated", "soft_zca"),
 }
-"""Preset and whitener of each run."""
+"""Preset and whitener of each run that every format holds."""
+REFINED = {"refined": ("jumprelu", "soft_zca"), "refined_identity": ("jumprelu", "identity")}
+"""Runs with refined codes, which spalf's own form alone holds."""
+FORMS = ("safetensors", "saelens", "dictionary_learning")
+PLACES = [*((form, name) for form in FORMS for name in RUNS), *(("safetensors", name) for name in REFINED)]
 SETTINGS = (
     "knobs={F=160, L0_target=8, lr=3e-3}",
     "budget={tokens=25600, batch=256}",
@@ -61,10 +65,11 @@ def runs(once: Callable[..., Path], shards: Path) -> Path:
     """A few steps of each activation, whitened and not."""
 
     def make(out: Path) -> None:
-        for name, (preset, whitener) in RUNS.items():
+        for name, (preset, whitener) in (RUNS | REFINED).items():
             own = (f"name={name}", f"whitener={whitener}", f"source={{use='activations', path='{shards}'}}")
             rising = (RISING[preset],) if preset in RISING else ()
-            launch.run(preset, sets=(*own, *SETTINGS, *rising), out=out, device="cpu", stop_at=20)
+            refine = ("activation.refine=true",) if name in REFINED else ()
+            launch.run(preset, sets=(*own, *SETTINGS, *rising, *refine), out=out, device="cpu", stop_at=20)
 
     return once("runs", make)
 
@@ -76,9 +81,8 @@ def exports(once: Callable[..., Path], runs: Path, shards: Path) -> Path:
     def make(out: Path) -> None:
         held = load_file(next(iter(sorted(shards.glob("held_out-*.safetensors")))))
         save_file({"x": held["activations"][:384].float().contiguous()}, out / "x.safetensors")
-        for form in ("safetensors", "saelens", "dictionary_learning"):
-            for name in RUNS:
-                export(runs / name, out / form / name, to=form)
+        for form, name in PLACES:
+            export(runs / name, out / form / name, to=form)
 
     return once("exports", make)
 
@@ -105,8 +109,7 @@ def far(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("form", ["saelens", "dictionary_learning", "safetensors"])
+@pytest.mark.parametrize(("form", "name"), PLACES)
 def test_an_export_computes_what_the_run_computes(form: str, name: str, told: Path, exports: Path, runs: Path) -> None:
     x_BD = load_file(exports / "x.safetensors")["x"]
     z_BF, length_F, hat_BD = truth(runs / name, x_BD)
@@ -119,6 +122,7 @@ def test_an_export_computes_what_the_run_computes(form: str, name: str, told: Pa
     assert far(theirs["codes"] * own_F, z_BF * length_F) < CLOSE
     if "folded_hat" in theirs:
         assert far(theirs["folded_hat"], hat_BD) < CLOSE
+    assert (written.step_F is not None) == (name in REFINED)
 
 
 ARCHITECTURES = {"jumprelu": "jumprelu", "relu": "standard", "batch_topk": "jumprelu", "topk": "topk", "gated": "gated"}
@@ -156,7 +160,7 @@ def test_rows_have_unit_norm_unless_the_order_needs_their_lengths(name: str, exp
         assert is_unit == (name != "topk"), form
 
 
-@pytest.mark.parametrize("name", ["jumprelu", "topk", "gated"])
+@pytest.mark.parametrize("name", ["jumprelu", "refined", "topk", "gated"])
 def test_the_whole_core_evaluation_of_saebench_runs(name: str, told: Path, exports: Path) -> None:
     """On a random model: the numbers are those of the dictionary's own formula on what that model gives."""
     said = json.loads((told / "told.json").read_text(encoding="utf-8"))["safetensors"][name]
@@ -211,9 +215,8 @@ def test_an_import_computes_what_the_library_computes(place: str, foreign: Path,
     assert far(theirs["hat"], hat_BD) < CLOSE
 
 
-@pytest.mark.parametrize("form", ["saelens", "dictionary_learning", "safetensors"])
-@pytest.mark.parametrize("name", RUNS)
-def test_there_and_back(name: str, form: str, exports: Path, runs: Path, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "name"), PLACES)
+def test_there_and_back(form: str, name: str, exports: Path, runs: Path, shards: Path, tmp_path: Path) -> None:
     """A run, exported and imported, is a run with the same codes and reconstructions, and can be measured."""
     x_BD = load_file(exports / "x.safetensors")["x"]
     z_BF, length_F, hat_BD = truth(runs / name, x_BD)

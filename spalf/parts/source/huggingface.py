@@ -55,9 +55,13 @@ def _unpacked() -> Iterator[None]:
 class ResidualModel:
     """A transformers model, hooked after one decoder block."""
 
-    def __init__(self, model: nn.Module, layer: int) -> None:
+    def __init__(self, model: nn.Module, layer: int, compiled: bool = False) -> None:
         self._model: Any = model
-        self._block = checkpoint.decoder_layers(model)[layer]
+        blocks = checkpoint.decoder_layers(model)
+        self._block = blocks[layer]
+        for block in blocks[: layer + 1] if compiled else ():
+            # The forward alone: the hook that ends the pass stays outside of what is compiled.
+            block.forward = torch.compile(block.forward)
 
     def activations(self, tokens_ST: Tensor, real_ST: Tensor | None) -> Tensor:
         """[S, T, D] after the block; what is behind it, final norm and unembedding included, does not run."""
@@ -112,6 +116,9 @@ class Huggingface(LanguageOptions):
     attention: str = field(default="auto", validator=in_(("auto", "sdpa", "eager")))
     """How attention is computed: auto is what transformers chooses for the architecture, sdpa for nearly all."""
 
+    compiled: bool = False
+    """The blocks up to the hook through torch.compile: less memory is moved, last bits change, first passes take long."""
+
     def facts(self) -> Facts:
         """From config.json, or from d_model, n_vocab and n_layers as stated. Raises SourceError with a remedy."""
         costs = self.costs()
@@ -135,9 +142,9 @@ class Huggingface(LanguageOptions):
 
     def _model(self, vocabulary: Vocabulary, seed: int, device: torch.device) -> HookedModel:
         dtype = self.torch_dtype()
-        if self.model == embedded.NAME and self.attention != "eager":
+        if self.model == embedded.NAME and self.attention != "eager" and not self.compiled:
             return embedded.EmbeddedModel(self.layer, dtype, device)
         attention = None if self.attention == "auto" else self.attention
         with self.reading(vocabulary, seed):
             loaded = checkpoint.load_model(self.model, self.revision, dtype, device, attention)
-        return ResidualModel(loaded, self.layer)
+        return ResidualModel(loaded, self.layer, self.compiled)
