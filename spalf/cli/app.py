@@ -15,6 +15,7 @@ import spalf
 from spalf.cli import bench, catalogue, exchange, intervene, look, measure, sweep
 from spalf.cli.arguments import Device, Json, RecipeArg, RunArg, Sets, StopAt
 from spalf.cli.group import Group
+from spalf.cli.startup import unsearched
 from spalf.cli.terminal import console, note, show, write_json
 
 if TYPE_CHECKING:
@@ -85,15 +86,13 @@ def run(
 
     Ctrl-C or SIGTERM saves a checkpoint after the step that is being taken; spalf resume goes on from it.
     """
-    from spalf.launch import run as launch
 
-    _train(
-        ctx,
-        lambda observers: launch(
-            recipe, sets=sets, out=out, device=device, stop_at=stop_at, force=force, observers=observers
-        ),
-        as_json,
-    )
+    def launch(observers: list[object]) -> Result:
+        from spalf.launch import run
+
+        return run(recipe, sets=sets, out=out, device=device, stop_at=stop_at, force=force, observers=observers)
+
+    _train(ctx, launch, as_json)
 
 
 @app.command(epilog="Example: spalf resume runs/quickstart --set budget.tokens=2_000_000")
@@ -109,27 +108,26 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Go on with a run that was stopped; only record, budget.tokens, kernel and evaluators may be changed."""
-    from spalf.launch import resume as launch
 
-    _train(
-        ctx,
-        lambda observers: launch(
-            run_dir, checkpoint=checkpoint, sets=sets, device=device, stop_at=stop_at, observers=observers
-        ),
-        as_json,
-    )
+    def launch(observers: list[object]) -> Result:
+        from spalf.launch import resume
+
+        return resume(run_dir, checkpoint=checkpoint, sets=sets, device=device, stop_at=stop_at, observers=observers)
+
+    _train(ctx, launch, as_json)
 
 
 def _train(ctx: typer.Context, launch: Callable[[list[object]], Result], as_json: bool) -> None:
     """Run with progress on stderr, then tell what came of it."""
     quiet: bool = ctx.obj.quiet
-    if quiet:
-        result = launch([])
-    else:
-        from spalf.cli.progress import progress
+    with unsearched() as settled:
+        if quiet:
+            result = launch([settled])
+        else:
+            from spalf.cli.progress import progress
 
-        with progress(console(stderr=True)) as observer:
-            result = launch([observer])
+            with progress(console(stderr=True)) as observer:
+                result = launch([observer, settled])
     if as_json:
         write_json(result.summary)
     elif not quiet and result.outcome == "done":

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from spalf.cli.startup import Settled
 from spalf.errors import DivergedError, Problem, RecipeError
 
 Spalf = Callable[..., Result]
@@ -21,8 +22,7 @@ def test_run_hands_over_every_option(spalf: Spalf, calls: Calls) -> None:
     assert spalf(*words.split()).exit_code == 0
     [(name, args, options)] = calls
     assert (name, args) == ("run", ("r.toml",))
-    [observer] = options.pop("observers")
-    assert hasattr(observer, "spalf_stepped")
+    assert all(hasattr(observer, "spalf_stepped") for observer in options.pop("observers"))
     assert options == {
         "sets": ["a.b=1", "c=x"],
         "out": Path("there"),
@@ -81,10 +81,11 @@ def test_json_is_all_of_stdout(spalf: Spalf, calls: Calls, summary: dict[str, An
     assert json.loads(spalf("resume", "runs/small", "--json").stdout) == summary
 
 
-def test_quiet_says_nothing_and_watches_nothing(spalf: Spalf, calls: Calls) -> None:
+def test_quiet_says_nothing_and_shows_no_progress(spalf: Spalf, calls: Calls) -> None:
     told = spalf("run", "r.toml", "--quiet")
     assert (told.exit_code, told.output) == (0, "")
-    assert calls[0][2]["observers"] == []
+    [observer] = calls[0][2]["observers"]
+    assert isinstance(observer, Settled)
 
 
 def test_a_stopped_run_ends_well_and_says_how_to_go_on(spalf: Spalf, launch: Any, ended: Any) -> None:

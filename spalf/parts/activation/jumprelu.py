@@ -112,9 +112,10 @@ class JumpReLUActivator(nn.Module, Activator):
         raised to it. Calibrate on 20 / density rows or more: the tail of fewer is noise.
         """
         with torch.no_grad():
-            theta_C = upper_quantiles(pre_BC, density).clamp(min=self._options.floor)
+            pre_CB = wide(pre_BC).T.contiguous()
+            theta_C = upper_quantiles(pre_CB.T, density).clamp(min=self._options.floor)
             self.log_threshold_F.data[rows] = theta_C.log().to(self.log_threshold_F)
-            self.bandwidth_F[rows] = self._bandwidth(wide(pre_BC).T.contiguous(), theta_C).to(self.bandwidth_F)
+            self.bandwidth_F[rows] = self._bandwidth(pre_CB, theta_C).to(self.bandwidth_F)
 
     def _bandwidth(self, pre_CB: Tensor, theta_C: Tensor) -> Tensor:
         """`bandwidth` interquartile ranges, widened until the window holds a share `occupancy` of the sample."""

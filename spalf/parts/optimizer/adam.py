@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from inspect import unwrap
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,11 @@ class OneCall(torch.optim.Adam):
 
     Same rule, options, groups and state; for parameters in float32 that have a gradient of their layout.
     """
+
+    # torch hides these from its compiler, and imports the compiler to do so: longer than many steps take.
+    add_param_group = unwrap(torch.optim.Adam.add_param_group)
+    state_dict = unwrap(torch.optim.Adam.state_dict)
+    load_state_dict = unwrap(torch.optim.Adam.load_state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from attrs import frozen
 from torch import nn
 
 from spalf.errors import SourceError
+from spalf.parts.source import embedded
 
 # Families whose feed-forward block is two matrices; all later ones gate theirs with a third.
 UNGATED = frozenset(
@@ -34,8 +34,8 @@ EMPTY_TOKENIZER = 16  # a directory without tokenizer files loads as one with a 
 
 def locate(model: str) -> tuple[str, bool]:
     """What `from_pretrained` takes, and whether it is a local directory; "embedded" is the model of this package."""
-    if model == "embedded":
-        return str(resources.files("spalf") / "assets" / "tiny_lm"), True
+    if model == embedded.NAME:
+        return str(embedded.directory()), True
     path = Path(model).expanduser()
     return (str(path), True) if path.is_dir() else (model, False)
 
@@ -45,6 +45,8 @@ def read_config(model: str, revision: str) -> Any | None:
 
     Raises SourceError where a local directory holds none that transformers can read.
     """
+    if model == embedded.NAME:
+        return embedded.read_config()
     from transformers import AutoConfig
 
     name, is_local = locate(model)
@@ -58,6 +60,8 @@ def read_config(model: str, revision: str) -> Any | None:
 
 def fetch_config(model: str, revision: str) -> Any:
     """The config, from the hub where it is not here. Raises SourceError where there is none to be had."""
+    if model == embedded.NAME:
+        return embedded.read_config()
     from transformers import AutoConfig
 
     name, is_local = locate(model)

@@ -21,7 +21,7 @@ from spalf.errors import SourceError
 from spalf.parts.source.documents import Document, Documents, Ids, Keep, document_id
 
 BATCH_DOCUMENTS = 64
-BATCH_CHARACTERS = 1 << 18
+BATCH_CHARACTERS = 1 << 20
 REMEMBERED = 1 << 22
 """Token ids that a vocabulary remembers: 16 MiB of them."""
 

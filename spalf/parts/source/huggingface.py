@@ -15,8 +15,9 @@ from spalf.core.protocols import Stream
 from spalf.core.slots import source
 from spalf.core.values import Facts
 from spalf.errors import SourceError
-from spalf.parts.source import checkpoint
-from spalf.parts.source.language import LanguageStream
+from spalf.parts.source import checkpoint, embedded
+from spalf.parts.source.contexts import Vocabulary
+from spalf.parts.source.language import HookedModel, LanguageStream
 from spalf.parts.source.options import LanguageOptions
 
 
@@ -132,9 +133,18 @@ class Huggingface(LanguageOptions):
     def open(self, seed: int, device: torch.device) -> Stream:
         """Reads a context of both splits, then loads the model. Raises SourceError where it or the text is unusable."""
         facts, vocabulary = self.prepare(self.facts, seed)
+        model = self._model(vocabulary, seed, device)
+        return LanguageStream(self, facts, model, vocabulary, seed=seed, device=device)
+
+    def tokenizer(self) -> Any | None:
+        """The model's tokenizer, or None where it comes without one."""
+        return embedded.EmbeddedTokenizer() if self.model == embedded.NAME else super().tokenizer()
+
+    def _model(self, vocabulary: Vocabulary, seed: int, device: torch.device) -> HookedModel:
+        dtype = self.torch_dtype()
+        if self.model == embedded.NAME and self.attention != "eager" and not self.compiled:
+            return embedded.EmbeddedModel(self.layer, dtype, device)
         attention = None if self.attention == "auto" else self.attention
         with self.reading(vocabulary, seed):
-            loaded = checkpoint.load_model(self.model, self.revision, self.torch_dtype(), device, attention)
-        return LanguageStream(
-            self, facts, ResidualModel(loaded, self.layer, self.compiled), vocabulary, seed=seed, device=device
-        )
+            loaded = checkpoint.load_model(self.model, self.revision, dtype, device, attention)
+        return ResidualModel(loaded, self.layer, self.compiled)

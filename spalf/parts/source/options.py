@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar, cast, dataclass_transform
+from typing import Any, TypeVar, cast, dataclass_transform
 
 import attrs
 import torch
@@ -132,10 +132,14 @@ class LanguageOptions:
             shuffle=self.block_rows(),
         )
 
+    def tokenizer(self) -> Any | None:
+        """The model's tokenizer, or None where it comes without one."""
+        return checkpoint.load_tokenizer(self.model, self.revision)
+
     def vocabulary(self, size: int) -> Vocabulary:
         """Tokenizer and special ids. Raises SourceError where packing needs an id that the model does not have."""
         config = checkpoint.fetch_config(self.model, self.revision)
-        tokenizer = checkpoint.load_tokenizer(self.model, self.revision)
+        tokenizer = self.tokenizer()
         end = getattr(tokenizer, "eos_token_id", None)
         if end is None:
             end = config.get_text_config().eos_token_id

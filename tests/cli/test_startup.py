@@ -1,0 +1,49 @@
+"""While a run starts nothing is searched for cycles; from its first step on everything new is, whatever comes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from spalf.cli.startup import unsearched
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    was_on = gc.isenabled()
+    yield
+    gc.unfreeze()
+    (gc.enable if was_on else gc.disable)()
+
+
+def test_the_search_begins_at_the_first_step_and_spares_what_was_there() -> None:
+    gc.enable()
+    with unsearched() as settled:
+        assert not gc.isenabled()
+        before = gc.get_freeze_count()
+        settled.spalf_stepped()
+        assert gc.isenabled()
+        frozen = gc.get_freeze_count()
+        assert frozen > before
+        made = [[] for _ in range(9)]
+        settled.spalf_stepped()
+        assert gc.get_freeze_count() == frozen, "what a run makes is searched"
+    assert gc.isenabled()
+    del made
+
+
+def test_a_start_that_fails_leaves_the_search_on() -> None:
+    gc.enable()
+    with pytest.raises(ValueError, match="no such thing"), unsearched():
+        raise ValueError("no such thing")
+    assert gc.isenabled()
+
+
+def test_a_search_that_was_off_stays_off() -> None:
+    gc.disable()
+    with unsearched() as settled:
+        settled.spalf_stepped()
+        assert not gc.isenabled()
+    assert not gc.isenabled()
