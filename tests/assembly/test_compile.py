@@ -373,7 +373,7 @@ MISTAKES = [
     (["phase.fit.gate.patience=0"], "phase.fit.gate.patience: must be > 0, got 0"),
     (["filter.every=1_000_000"], "filter.every: the dual side would never move"),
     (["dual.every=7"], "dual: every = 7, but this law moves on the filter's ticks (set filter.every)"),
-    (["phase.fit.gate.latest=0.1"], "phase.fit.gate: latest = 0.1 comes before earliest = 0.95"),
+    (["phase.fit.gate.latest=0.1"], "phase.fit.gate: latest = 0.1 comes before earliest = 0.9"),
     (["phase.extra={}"], 'phase.extra: no phase is called "extra"'),
     (["penality='capu'"], 'penality: unknown key (did you mean "penalty"?)'),
     (["stratum=3"], "stratum: expected a table, got int 3"),
