@@ -28,10 +28,11 @@ def speed() -> dict[str, dict[str, Any]]:
 
 def test_speed() -> None:
     measured = speed()
-    names = {"spalf, moments in bfloat16": "spalf triton:moments=bfloat16", "spalf": "spalf triton"}
-    ours = measured["spalf triton:moments=bfloat16"]
+    kinds = {"": "", ", moments in bfloat16": ":moments=bfloat16", ", moments in 8 bits": ":moments=int8"}
+    names = {f"spalf_plain{said}": f"spalf_plain triton{option}" for said, option in kinds.items()}
+    ours = measured["spalf_plain triton:moments=int8"]
     assert max(ours["ms"], ours["ms_streaming"]) == ours["ms"]
-    assert len(block("speed")) == 6
+    assert len(block("speed")) == 7
     for name, ms, ratio in block("speed"):
         row = measured[names.get(name, name)]
         assert ms == f"{row['ms']:.2f}", name
