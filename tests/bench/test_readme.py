@@ -22,7 +22,7 @@ def block(name: str) -> list[list[str]]:
 
 
 def speed() -> dict[str, dict[str, Any]]:
-    held = json.loads((PAGES / "speed/h100-peers.json").read_text(encoding="utf-8"))
+    held = json.loads((PAGES / "speed/h100-3-peers.json").read_text(encoding="utf-8"))
     return {row["name"]: row for row in held["shapes"][0]["rows"]}
 
 
