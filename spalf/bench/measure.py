@@ -57,16 +57,19 @@ def measure(plan: Plan, state: TrainingState, shared: Recipe, decoder: Path | No
     return flat(scores, state.sae.rows)
 
 
-def silent(plan: Plan, state: TrainingState, activations: int) -> float:
-    """Share of features that fire on none of about so many activations [B, D] of the stream's training documents.
+def in_training(plan: Plan, state: TrainingState, activations: int) -> dict[str, float]:
+    """Of about so many activations [B, D] of the stream's training documents: `silent`, the share of features that fire
+    on none of them, and `l0.training`, their mean L0.
 
-    Held-out text is short as a rule, and a feature that fires once in a million activations is alive.
+    Held-out text is short as a rule, and a feature that fires once in a million activations is alive. Thresholds were
+    set on the training documents; on others a dictionary fires less.
     """
-    fired_F = torch.zeros_like(state.silent_F)
+    fired_F, batches = torch.zeros_like(state.silent_F), max(1, activations // plan.recipe.budget.batch)
     with torch.no_grad(), mode(state.sae, training=False):
-        for _ in range(max(1, activations // plan.recipe.budget.batch)):
+        for _ in range(batches):
             fired_F += look(state, state.stream.next(plan.recipe.budget.batch).x_BD).code.fired_F()
-    return float((fired_F == 0).double().mean())
+    rows = batches * plan.recipe.budget.batch
+    return {"silent": float((fired_F == 0).double().mean()), "l0.training": float(fired_F.sum()) / rows}
 
 
 def adopted(

@@ -80,13 +80,13 @@ def adopt(table: Table) -> dict[str, Any]:
 
 
 def _measured(table: Table, plan: Plan, state: TrainingState, shared: Recipe) -> dict[str, Any]:
-    from spalf.bench.measure import measure, silent
+    from spalf.bench.measure import in_training, measure
     from spalf.engine.checkpoint import versions
 
     decoder = Path(table["decoder"]) if table.get("decoder") else None
     measures = measure(plan, state, shared, decoder)
     if table.get("silent"):
-        measures["silent"] = silent(plan, state, table["silent"])
+        measures |= in_training(plan, state, table["silent"])
     return {"measures": measures, "versions": versions()}
 
 

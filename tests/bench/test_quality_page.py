@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from spalf.bench import results
 from spalf.bench import suite as suites
 from spalf.bench.choice import read_at
-from spalf.bench.measure import agreement, flat, silent, write_rows
+from spalf.bench.measure import agreement, flat, in_training, write_rows
 from spalf.bench.render import render, replaced
 from spalf.bench.summary import against, current, rows
 from spalf.bench.trainers import ring
@@ -233,7 +233,8 @@ def test_silent_features_are_those_that_never_fire_on_the_training_stream() -> N
     log_threshold_F = state.sae.activator.log_threshold_F
     assert isinstance(log_threshold_F, torch.Tensor)
     log_threshold_F.data[:16] = 20.0
-    few, many = silent(plan, state, 128), silent(plan, state, 4096)
-    assert 0.25 <= many <= few < 1.0
+    few, many = in_training(plan, state, 128), in_training(plan, state, 4096)
+    assert 0.25 <= many["silent"] <= few["silent"] < 1.0
+    assert 0.0 < many["l0.training"] < 0.75 * plan.knobs.F
     log_threshold_F.data[:] = 20.0
-    assert silent(plan, state, 1) == 1.0
+    assert in_training(plan, state, 1) == {"silent": 1.0, "l0.training": 0.0}
