@@ -107,7 +107,7 @@ def test_mixing_is_symmetric_positive_with_the_stated_condition_number() -> None
 
 def test_decorrelation_brings_coherence_near_the_bound() -> None:
     def coherence(options: Synthetic) -> Tensor:
-        d_ND = directions(options)
+        d_ND = directions(options, CPU)
         assert torch.allclose(d_ND.norm(dim=1), torch.ones(len(d_ND)), atol=1e-5)
         return (d_ND @ d_ND.T).abs().fill_diagonal_(0.0)
 

@@ -104,12 +104,15 @@ def firing_rates(options: Synthetic) -> Tensor:
     return options.least + (options.most - options.least) * share_N
 
 
-def directions(options: Synthetic) -> Tensor:
-    """[N, D] unit rows: Gaussian, then descent on sum_{i != j} cos_ij^4 along the sphere."""
+def directions(options: Synthetic, device: torch.device) -> Tensor:
+    """[N, D] unit rows: Gaussian, then descent on sum_{i != j} cos_ij^4 along the sphere.
+
+    The descent runs on `device`, for 16,384 features are half an hour's work of a CPU: the world is the same on every
+    device up to rounding.
+    """
     draw = generator("directions", options.world)
-    d_ND = torch.nn.functional.normalize(
-        torch.randn(options.features, options.d_model, generator=draw, dtype=torch.float32), dim=1
-    )
+    gaussian_ND = torch.randn(options.features, options.d_model, generator=draw, dtype=torch.float32)
+    d_ND = torch.nn.functional.normalize(gaussian_ND.to(device), dim=1)
     for _ in range(options.decorrelate if options.features > 1 else 0):
         cosine_NN = (d_ND @ d_ND.T).fill_diagonal_(0.0)
         push_ND = cosine_NN.pow(3) @ d_ND
@@ -138,9 +141,9 @@ class World:
     def __init__(self, options: Synthetic, device: torch.device) -> None:
         n, d = options.features, options.d_model
         mix_DD = mixing(options) if options.condition > 1 else torch.eye(d)
-        mixed_ND = directions(options) @ mix_DD
-        self.scale_N = mixed_ND.norm(dim=1).to(device)  # a code in units of the mixed, unit directions
-        self.directions_ND = torch.nn.functional.normalize(mixed_ND, dim=1).to(device)
+        mixed_ND = directions(options, device) @ mix_DD.to(device)
+        self.scale_N = mixed_ND.norm(dim=1)  # a code in units of the mixed, unit directions
+        self.directions_ND = torch.nn.functional.normalize(mixed_ND, dim=1)
         bias_D = torch.randn(d, generator=generator("bias", options.world))
         self.bias_D = (options.bias * bias_D / bias_D.norm() @ mix_DD).to(device)
         rates_N = firing_rates(options)
