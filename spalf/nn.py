@@ -73,6 +73,9 @@ class StratifiedAutoencoder(nn.Module):
         step_F = self.activator.refinement_F() if self._refines else None
         if step_F is None:
             return code
+        at_once_BK = self.machine.ops.refine(code, white_BD, step_F, self.form_DD, self)
+        if at_once_BK is not None:
+            return evolve(code, z_BK=at_once_BK)
         error_BD = White(white_BD - self.decode(code))
         pull_BK = self.machine.ops.correlate(code, error_BD @ self.form_DD, self)
         step_BK = per_entry(step_F, code.index_BK, self.machine.ops.deterministic)

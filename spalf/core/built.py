@@ -233,6 +233,11 @@ class Ops(Protocol):
         """<v_b, w_k> with the decoder's row of each entry of the code, [B, K]; 0 at padding."""
         ...
 
+    def refine(self, code: Code, white_BD: White, step_F: Tensor, form_DD: Tensor, sae: Autoencoder) -> Tensor | None:
+        """z [B, K] of the refined code (`StratifiedAutoencoder.refined`); None where this backend leaves it to `decode`
+        and `correlate`."""
+        ...
+
     def coactivation(
         self,
         code: Code,

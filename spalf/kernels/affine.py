@@ -30,6 +30,15 @@ def forward(v_BD: Tensor, gain: Tensor, shift_D: Tensor) -> Tensor:
     return out_BD
 
 
+def residual(x_BD: Tensor, v_BD: Tensor, gain: Tensor, shift_D: Tensor, dtype: torch.dtype) -> Tensor:
+    """x - gain v - shift, in the type that is asked for."""
+    (rows, dim), out_BD = v_BD.shape, torch.empty_like(v_BD, dtype=dtype)
+    block = power_of_2(dim, 16, 512)
+    grid = (triton.cdiv(rows, 8), triton.cdiv(dim, block))
+    passes.residual[grid](x_BD, v_BD, gain, shift_D, out_BD, rows, dim, BLOCK_B=8, BLOCK_D=block)
+    return out_BD
+
+
 def backward(grad_BD: Tensor, v_BD: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients at v, gain and shift; their sums have one order."""
     (rows, dim), at = v_BD.shape, v_BD.device

@@ -131,21 +131,13 @@ def gather_sum(index, z, count, weight, out, capacity, dim, BLOCK_K: tl.constexp
 
 @triton.jit
 def gather_dots(
-    index,
-    count,
-    grad,
-    weight,
-    out,
-    rows,
-    capacity,
-    dim,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PAD: tl.constexpr,
+    index, count, only, grad, weight, out, rows, capacity, dim,
+    ONLY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[s, b, k] = <grad[b], weight[index[b, k]]> over slice s of the columns, 0 beyond a list.
+    """out[s, b, k] = <grad[b], weight[index[b, k]]> over slice s of the columns; beyond a list nothing is written.
 
-    Slices apart, so that their sum has one order; rows are the fast axis of the grid, as in `gather_sum`.
+    With `ONLY`, entries where `only` is 0 are not followed to their rows and give 0. Slices apart, so that their sum,
+    which is for `fold_dots`, has one order; rows are the fast axis of the grid, as in `gather_sum`.
     """
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -157,11 +149,83 @@ def gather_dots(
         k = start + tl.arange(0, BLOCK_K)
         here = k < listed
         f = tl.load(index + row * capacity + k, mask=here, other=0)
-        w = tl.load(weight + f[:, None] * dim + at[None, :], mask=here[:, None] & inside[None, :], other=0.0)
+        follow = here
+        if ONLY:
+            follow = tl.load(only + row * capacity + k, mask=here, other=0.0) != 0.0
+        w = tl.load(weight + f[:, None] * dim + at[None, :], mask=follow[:, None] & inside[None, :], other=0.0)
         tl.store(here_out + k, tl.sum(w.to(tl.float32) * g[None, :], axis=1), mask=here)
-    for start in range(listed, capacity, PAD):
-        k = start + tl.arange(0, PAD)
-        tl.store(here_out + k, tl.zeros((PAD,), dtype=tl.float32), mask=k < capacity)
+
+
+@triton.jit
+def _folded(parts, here, at, slices, size):
+    """The sum over slices of what `gather_dots` left at entries that are listed."""
+    total = tl.load(parts + at, mask=here, other=0.0)
+    for s in range(1, slices):
+        total += tl.load(parts + s * size + at, mask=here, other=0.0)
+    return total
+
+
+@triton.jit
+def fold_dots(parts, add, count, out, slices, size, capacity, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """out = sum over slices of `parts`, plus `add` with `ADD`; 0 beyond a list."""
+    row = tl.program_id(0).to(tl.int64)
+    listed = tl.minimum(tl.load(count + row), capacity)
+    for start in range(0, capacity, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        here, at = k < listed, row * capacity + k
+        total = _folded(parts, here, at, slices, size)
+        if ADD:
+            total += tl.load(add + at, mask=here, other=0.0)
+        tl.store(out + at, total, mask=k < capacity)
+
+
+@triton.jit
+def refine(parts, index, count, z, gate, step, gain, out, pull, slices, size, capacity, BLOCK: tl.constexpr):
+    """pull = <v, w> / gain from the parts of `gather_dots`, and out = [z + step pull]+ where an entry is on, else z."""
+    row = tl.program_id(0).to(tl.int64)
+    listed = tl.minimum(tl.load(count + row), capacity)
+    over = 1.0 / tl.load(gain)
+    for start in range(0, capacity, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        here, at = k < listed, row * capacity + k
+        f = tl.load(index + at, mask=here, other=0)
+        p = _folded(parts, here, at, slices, size) * over
+        x = tl.load(z + at, mask=here, other=0.0)
+        on = tl.load(gate + at, mask=here, other=0.0) != 0.0
+        moved = tl.maximum(x + tl.load(step + f, mask=here, other=0.0) * p, 0.0)
+        tl.store(out + at, tl.where(on, moved, x), mask=k < capacity)
+        tl.store(pull + at, p, mask=k < capacity)
+
+
+@triton.jit
+def refine_back(
+    grad, index, count, gate, moved, step, gain, pull, to_z, force, to_step, dots, capacity,
+    SUMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients of `refine`: to_z directly, `force` at <v, w>, to_step, and of each row what `gain` gets through
+    the pull, times -gain. With `SUMS` to_step is summed over rows by atomics, else it is taken entry by entry."""
+    row = tl.program_id(0).to(tl.int64)
+    listed = tl.minimum(tl.load(count + row), capacity)
+    over = 1.0 / tl.load(gain)
+    dot = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, capacity, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        here, at = k < listed, row * capacity + k
+        f = tl.load(index + at, mask=here, other=0)
+        g = tl.load(grad + at, mask=here, other=0.0)
+        on = tl.load(gate + at, mask=here, other=0.0) != 0.0
+        taken = on & (tl.load(moved + at, mask=here, other=0.0) > 0.0)
+        a = tl.where(taken, g, 0.0)
+        s = tl.load(step + f, mask=here, other=0.0)
+        p = tl.load(pull + at, mask=here, other=0.0)
+        tl.store(to_z + at, tl.where(on, a, g), mask=k < capacity)
+        tl.store(force + at, a * s * over, mask=k < capacity)
+        dot += a * s * p
+        if SUMS:
+            tl.atomic_add(to_step + f, a * p, mask=taken, sem="relaxed")
+        else:
+            tl.store(to_step + at, a * p, mask=k < capacity)
+    tl.store(dots + row, tl.sum(dot, axis=0))
 
 
 @triton.jit

@@ -16,18 +16,12 @@ from spalf.core.protocols import Autoencoder
 from spalf.core.state import Learner
 from spalf.core.values import Code, White, per_feature
 from spalf.kernels import affine as affine  # kernels/squares.py takes its passes from here
-from spalf.kernels import coactivation, jump, lists, reference, update
+from spalf.kernels import coactivation, jump, lists, reference, refine, update
 from spalf.kernels.capacity import STEP, TOTAL_STEP, Capacity, rounded
 
 # Listed entries per row, as a share of the features, above which dense products are faster than gathers: on average,
 # and of the longest list, whose length all lists have in memory.
 _SPARSE, _LONGEST = 1 / 12, 1 / 4
-
-
-def _by_feature(found: lists.Lists, value_BK: Tensor, x_BD: Tensor, width: int) -> Tensor:
-    """out[f] = sum of value * x[row] over the entries of feature f: a whole gradient matrix [F, D]."""
-    by = lists.turn_over([found], width)
-    return lists.sum_by_feature(by, by.take(value_BK), x_BD, width)
 
 
 class _Pre(torch.autograd.Function):
@@ -53,7 +47,7 @@ class _Pre(torch.autograd.Function):
             share.force_BK, share.white_BD = grad_BK, white_BD
             share.overflow = found.overflow
         else:
-            grad_weight = _by_feature(found, grad_BK, white_BD, width)
+            grad_weight = lists.by_feature(found, grad_BK, white_BD, width)
             grad_bias = per_feature(grad_BK, found.index_BK, width)
         return grad_white, grad_weight, grad_bias, None, None, None
 
@@ -73,11 +67,11 @@ class _Decode(torch.autograd.Function):
         found, grad_BD = ctx.found, grads[0].contiguous()
         grad_z = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_z = lists.gather_dots(found.index_BK, found.count_B, grad_BD, ctx.low_FD)
+            grad_z = lists.gather_dots(found.index_BK, found.count_B, grad_BD, ctx.low_FD).sum()
         if ctx.shares.open:
             ctx.shares.add(found, z_BK, grad_BD)
         else:
-            grad_weight = _by_feature(found, z_BK, grad_BD, weight_FD.shape[0])
+            grad_weight = lists.by_feature(found, z_BK, grad_BD, weight_FD.shape[0])
         return grad_z, grad_weight, None, None, None
 
 
@@ -88,7 +82,7 @@ class _Correlate(torch.autograd.Function):
     def forward(ctx: Any, v_BD: Tensor, weight_FD: Tensor, found: lists.Lists, low_FD: Tensor, shares: Any) -> Tensor:
         ctx.save_for_backward(v_BD, weight_FD)
         ctx.found, ctx.low_FD, ctx.shares = found, low_FD, shares
-        return lists.gather_dots(found.index_BK, found.count_B, v_BD, low_FD)
+        return lists.gather_dots(found.index_BK, found.count_B, v_BD, low_FD).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -100,7 +94,7 @@ class _Correlate(torch.autograd.Function):
         if ctx.shares.open:
             ctx.shares.add(found, grad_BK, v_BD)
         else:
-            grad_weight = _by_feature(found, grad_BK, v_BD, weight_FD.shape[0])
+            grad_weight = lists.by_feature(found, grad_BK, v_BD, weight_FD.shape[0])
         return grad_v, grad_weight, None, None, None
 
 
@@ -227,6 +221,13 @@ class FusedOps:
             v_BD, sae.W_dec_FD, self._lists_of(code), self._low("W_dec_FD", sae.W_dec_FD), self._shares
         )
         return out
+
+    def refine(self, code: Code, white_BD: White, step_F: Tensor, form_DD: Tensor, sae: Autoencoder) -> Tensor | None:
+        if code.index_BK is None:
+            return None
+        low_FD, found = self._low("W_dec_FD", sae.W_dec_FD), self._lists_of(code)
+        held = refine.Held(found=found, low_FD=low_FD, shares=self._shares, in_order=self.deterministic)
+        return refine.refined(code, white_BD, step_F, form_DD, sae, held)
 
     def coactivation(
         self,

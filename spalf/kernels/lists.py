@@ -22,9 +22,6 @@ COLUMNS = 2048
 _BITS = 32
 """Parts of a row's block, at most: a word has a bit for each."""
 
-_PAD = 64
-"""Places beyond a list that are set to 0 at once."""
-
 _ROUNDING = 2.0**-20
 """Several times what float32 rounds a sum or a difference of two numbers by, relative to their size."""
 
@@ -130,17 +127,41 @@ def gather_sum(index_BK: Tensor, z_BK: Tensor, count_B: Tensor, weight_FD: Tenso
     return out_BD
 
 
-def gather_dots(index_BK: Tensor, count_B: Tensor, grad_BD: Tensor, weight_FD: Tensor) -> Tensor:
-    """out[b, k] = <grad[b], weight[index[b, k]]>, [B, K] float32, 0 at padding."""
+@frozen(kw_only=True, eq=False)
+class Dots:
+    """<grad[b], weight[index[b, k]]> by slices of the columns, [S, B, K]; beyond a list they are not set."""
+
+    parts_SBK: Tensor
+    count_B: Tensor
+
+    @property
+    def block(self) -> int:
+        """Entries that a program takes at once."""
+        return power_of_2(self.parts_SBK.shape[2], 16, 256)
+
+    def sum(self, add_BK: Tensor | None = None) -> Tensor:
+        """The products [B, K], plus `add`; 0 beyond a list."""
+        (slices, rows, capacity), out_BK = self.parts_SBK.shape, torch.empty_like(self.parts_SBK[0])
+        device.fold_dots[(rows,)](
+            self.parts_SBK, out_BK if add_BK is None else add_BK, self.count_B, out_BK,
+            slices, rows * capacity, capacity, ADD=add_BK is not None, BLOCK=self.block, num_warps=1,
+        )  # fmt: skip
+        return out_BK
+
+
+def gather_dots(
+    index_BK: Tensor, count_B: Tensor, grad_BD: Tensor, weight_FD: Tensor, only_BK: Tensor | None = None
+) -> Dots:
+    """<grad[b], weight[index[b, k]]>; with `only`, 0 for entries where it is 0."""
     (rows, capacity), dim = index_BK.shape, weight_FD.shape[1]
     block = power_of_2(dim, 16, DOTS_SLICE)
     slices = triton.cdiv(dim, block)
     out_SBK = torch.empty((slices, rows, capacity), device=grad_BD.device)
     device.gather_dots[(rows, slices)](
-        index_BK, count_B, grad_BD.contiguous(), weight_FD, out_SBK, rows, capacity, dim,
-        BLOCK_K=DOTS_K, BLOCK_D=block, PAD=_PAD, num_warps=DOTS_WARPS,
+        index_BK, count_B, index_BK if only_BK is None else only_BK, grad_BD.contiguous(), weight_FD, out_SBK,
+        rows, capacity, dim, ONLY=only_BK is not None, BLOCK_K=DOTS_K, BLOCK_D=block, num_warps=DOTS_WARPS,
     )  # fmt: skip
-    return out_SBK[0] if slices == 1 else out_SBK.sum(0)
+    return Dots(parts_SBK=out_SBK, count_B=count_B)
 
 
 @frozen(kw_only=True, eq=False)
@@ -209,3 +230,9 @@ def sum_by_feature(by: ByFeature, value_N: Tensor, x_BD: Tensor, width: int) -> 
         BLOCK_D=block,
     )
     return out_FD
+
+
+def by_feature(found: Lists, value_BK: Tensor, x_BD: Tensor, width: int) -> Tensor:
+    """out[f] = sum of value * x[row] over the entries of feature f: a whole gradient matrix [F, D]."""
+    by = turn_over([found], width)
+    return sum_by_feature(by, by.take(value_BK), x_BD, width)

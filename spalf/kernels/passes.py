@@ -33,6 +33,18 @@ def affine(v, gain, shift, out, rows, dim, BLOCK_B: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
+def residual(x, v, gain, shift, out, rows, dim, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out = x - gain v - shift, in the type of `out`."""
+    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    at = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (b < rows)[:, None] & (at < dim)[None, :]
+    here = b.to(tl.int64)[:, None] * dim + at[None, :]
+    left = tl.load(x + here, mask=inside, other=0.0) - tl.load(shift + at, mask=at < dim, other=0.0)[None, :]
+    left -= tl.load(gain) * tl.load(v + here, mask=inside, other=0.0)
+    tl.store(out + here, left.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def affine_back(
     grad, v, gain, to_v, sums, dots, rows, dim,
     ROWS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,

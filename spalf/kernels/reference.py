@@ -200,6 +200,9 @@ class ReferenceOps:
     def correlate(self, code: Code, v_BD: Tensor, sae: Autoencoder) -> Tensor:
         return correlate(code, v_BD, sae)
 
+    def refine(self, code: Code, white_BD: White, step_F: Tensor, form_DD: Tensor, sae: Autoencoder) -> Tensor | None:
+        return None
+
     def coactivation(
         self,
         code: Code,

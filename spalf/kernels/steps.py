@@ -11,18 +11,20 @@ FLOOR_BITS = tl.constexpr(113 << 23)
 
 
 @triton.jit
-def _gradient(begin, end, row, scale, source, dim, at, inside, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(sum of scale[n] source[row[n]], sum of scale[n]) over the entries from `begin` to `end`."""
+def _gradient(begin, end, row, scales, sources, dim, at, inside, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(sum of scale[n] source[row[n]] over all terms, sum of the first scale), over entries from `begin` to `end`."""
     total = tl.zeros((BLOCK_D,), dtype=tl.float32)
     weight = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for n in range(begin, end, BLOCK_N):
         i = n + tl.arange(0, BLOCK_N)
-        a = tl.load(scale + i, mask=i < end, other=0.0)
         b = tl.load(row + i, mask=i < end, other=0).to(tl.int64)
-        wanted = (a != 0.0)[:, None] & inside[None, :]
-        x = tl.load(source + b[:, None] * dim + at[None, :], mask=wanted, other=0.0).to(tl.float32)
-        total += tl.sum(a[:, None] * x, axis=0)
-        weight += a
+        for term in tl.static_range(len(scales)):
+            a = tl.load(scales[term] + i, mask=i < end, other=0.0)
+            wanted = (a != 0.0)[:, None] & inside[None, :]
+            x = tl.load(sources[term] + b[:, None] * dim + at[None, :], mask=wanted, other=0.0).to(tl.float32)
+            total += tl.sum(a[:, None] * x, axis=0)
+            if term == 0:
+                weight += a
     return total, tl.sum(weight, axis=0)
 
 
@@ -116,7 +118,7 @@ def count_step(step, skip, rate, out, BETA1: tl.constexpr, BETA2: tl.constexpr, 
 # fmt: off
 @triton.jit
 def update_rows(
-    order, starts, row, scale, source, weight, moment1, moment2, scale1, scale2, low, more, sums, sphere,
+    order, starts, row, scales, sources, weight, moment1, moment2, scale1, scale2, low, more, sums, sphere,
     target, strength, away, first, last, hyper, skip, dim,
     MORE: tl.constexpr, LOW: tl.constexpr, BYTES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
@@ -124,13 +126,14 @@ def update_rows(
     # fmt: on
     """One feature's row of one matrix: gradient, its projection, Adam, norm and low-precision copy, in one pass.
 
-    The gradient is the sum of scale[n] source[row[n]] over the feature's entries; no gradient matrix exists. `more` is
-    added to it, and rows first to last are pulled to `target`: strength (row - target); `away` takes the squared
-    distance that is left. `sphere` names the rows that are kept at unit norm, `sums` takes each feature's sum of
-    `scale`. Moments have `BYTES` bytes each, those of one byte a scale per row. `hyper`: rate, beta1, beta2, eps,
-    1 - beta1^t, sqrt(1 - beta2^t), t. Nothing is written where `skip` is not 0.
+    The gradient is the sum of scale[n] source[row[n]] over the feature's entries and all terms, of which `scales` and
+    `sources` are tuples; no gradient matrix exists. `more` is added to it, and rows first to last are pulled to
+    `target`: strength (row - target); `away` takes the squared distance that is left. `sphere` names the rows that are
+    kept at unit norm, `sums` takes each feature's sum of the first scale. Moments have `BYTES` bytes each, those of one
+    byte a scale per row. `hyper`: rate, beta1, beta2, eps, 1 - beta1^t, sqrt(1 - beta2^t), t. Nothing is written where
+    `skip` is not 0.
 
-    What is read and written once goes first from the cache, so that the rows of `source`, read many times, stay. A
+    What is read and written once goes first from the cache, so that the rows of `sources`, read many times, stay. A
     thread takes at most WIDE short numbers that are neighbours, and as many weights.
     """
     if tl.load(skip) == 0:
@@ -144,7 +147,7 @@ def update_rows(
         w = tl.load(weight + here, mask=inside, other=0.0, eviction_policy="evict_first")
         m, v = _load_moments(moment1, moment2, scale1, scale2, f, there, inside, BYTES)
         begin, end = tl.load(starts + f), tl.load(starts + f + 1)
-        g, total = _gradient(begin, end, row, scale, source, dim, wide, inside, BLOCK_N, BLOCK_D)
+        g, total = _gradient(begin, end, row, scales, sources, dim, wide, inside, BLOCK_N, BLOCK_D)
         tl.store(sums + f, total)
         if MORE:
             g += tl.load(more + here, mask=inside, other=0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from attrs import define, field, frozen
 from torch import Tensor
@@ -13,12 +15,12 @@ from spalf.kernels.lists import ByFeature, Lists, nothing, power_of_2, turn_over
 
 @define(eq=False)
 class Share:
-    """One code's share of both gradients: dec += z grad_hat and enc += force white, over its listed entries."""
+    """One code's share of both gradients over its listed entries: dec += z grad of each pair, enc += force white."""
 
     found: Lists
     overflow: Tensor | None = None
-    z_BK: Tensor | None = None
-    grad_BD: Tensor | None = None
+    pairs: list[tuple[Tensor, Tensor]] = field(factory=list)
+    """(z [B, K], grad [B, D]), several where a list is used more than once."""
     force_BK: Tensor | None = None
     white_BD: Tensor | None = None
 
@@ -59,8 +61,6 @@ class Shares:
 
     open: bool = False
     by_list: dict[int, Share] = field(factory=dict)
-    more: list[Share] = field(factory=list)
-    """Further shares of the decoder's gradient from lists that have one already."""
     pull: Pull | None = None
     away: Away | None = None
     """Held while every update leaves new ones: the next distance is then a sum over rows, not a pass over weights."""
@@ -69,22 +69,16 @@ class Shares:
         """The share of the code that has these lists."""
         return self.by_list.setdefault(found.index_BK.data_ptr(), Share(found))
 
-    def add(self, found: Lists, z_BK: Tensor, grad_BD: Tensor) -> Share:
+    def add(self, found: Lists, z_BK: Tensor, grad_BD: Tensor) -> None:
         """dec += z grad over these entries."""
-        share = self.of(found)
-        if share.z_BK is not None:
-            share = Share(found)
-            self.more.append(share)
-        share.z_BK, share.grad_BD = z_BK, grad_BD
-        return share
+        self.of(found).pairs.append((z_BK.detach(), grad_BD))
 
     def take(self) -> tuple[list[Share], Pull | None]:
         """All of them, which are then forgotten; so are distances that the update to come does not renew."""
-        out = [*self.by_list.values(), *self.more], self.pull
+        out = [*self.by_list.values()], self.pull
         if self.away is not None and (self.pull is None or self.pull.away_A is not self.away.away_A):
             self.away = None
         self.by_list.clear()
-        self.more.clear()
         self.pull = None
         return out
 
@@ -99,27 +93,28 @@ def fits(learner: Learner) -> bool:
     return learner.rule.rule == "adam" and known and fused and moves_both
 
 
-def _joined(shares: list[Share], by: ByFeature, like_FD: Tensor, low: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(z_N, force_N, grad_BD, white_BD) of all shares, those with a `white_BD` being first.
+def _joined(parts: Sequence[Tensor | None], like: Sequence[tuple[int, ...]], to: Tensor) -> Tensor:
+    """Parts one behind the other, contiguous, of the type and device of `to`; zeros of `like` for those missing."""
+    filled = [to.new_zeros(n) if p is None else p.to(to.dtype) for p, n in zip(parts, like, strict=True)]
+    return (filled[0] if len(filled) == 1 else torch.cat(filled)).contiguous()
 
-    A part that no gradient reached has zeros for weights, and an entry of weight 0 is never followed to its row: so
-    `white_BD` may end before the rows of the last shares.
-    """
-    dtype = torch.bfloat16 if low else torch.float32
-    z, force, grad, white = [], [], [], []
-    for share in shares:
-        index_BK = share.found.index_BK
-        rows, dim = index_BK.shape[0], like_FD.shape[1]
-        nothing_BK = torch.zeros(index_BK.shape, device=like_FD.device)
-        z.append((nothing_BK if share.z_BK is None else share.z_BK.detach()).reshape(-1))
-        force.append((nothing_BK if share.force_BK is None else share.force_BK).reshape(-1))
-        grad.append(like_FD.new_zeros((rows, dim), dtype=dtype) if share.grad_BD is None else share.grad_BD.to(dtype))
-        if share.white_BD is not None:
-            white.append(share.white_BD.detach().to(dtype))
-    if not white:
-        white.append(like_FD.new_zeros((1, like_FD.shape[1]), dtype=dtype))
-    z_N, force_N, grad_BD, white_BD = (p[0] if len(p) == 1 else torch.cat(p) for p in (z, force, grad, white))
-    return by.take(z_N), by.take(force_N), grad_BD.contiguous(), white_BD.contiguous()
+
+def _until_last(parts: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Without what is missing at the end: an entry of weight 0 is never followed to its row."""
+    return parts[: max((i + 1 for i, p in enumerate(parts) if p is not None), default=1)]
+
+
+def _sources(
+    by: ByFeature, shares: Sequence[Share], weights: Sequence[Tensor | None], rows: Sequence[Tensor | None], to: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(a weight per entry, the rows that they point at) of one term of all shares."""
+    value_N = _joined(
+        [None if w is None else w.reshape(-1) for w in weights],
+        [(s.found.index_BK.numel(),) for s in shares],
+        to.new_zeros((), dtype=torch.float32),
+    )
+    kept = _until_last(rows)
+    return by.take(value_N), _joined(kept, [(s.found.index_BK.shape[0], to.shape[-1]) for s in shares[: len(kept)]], to)
 
 
 def _hyper(learner: Learner, parameter: Tensor, step: Tensor, skip: Tensor) -> Tensor:
@@ -150,11 +145,10 @@ def _skip(shares: list[Share], device: torch.device) -> Tensor:
 
 @define(eq=False)
 class Sources:
-    """What the rows' gradients are summed from: entries by feature, a weight of each, the rows they point at."""
+    """What the rows' gradients are summed from: entries by feature, and of each term weights and rows to point at."""
 
     by: ByFeature
-    scale_N: Tensor
-    source_BD: Tensor
+    terms: Sequence[tuple[Tensor, Tensor]]
     pull: Pull | None = None
 
 
@@ -201,7 +195,7 @@ def _step_rows(
     sphere_F: Tensor,
     skip: Tensor,
 ) -> Tensor:
-    """Gradient, projection, Adam and norm of every row of one matrix; returns each feature's sum of weights, [F]."""
+    """Gradient, projection, Adam and norm of every row of one matrix; returns sums of the first weights, [F]."""
     (width, dim), more, pull = weight.shape, weight.grad, made_of.pull
     step, moment1, moment2, scale1, scale2 = _arguments(learner, weight, kept, skip)
     hyper = _hyper(learner, weight, step, skip)
@@ -210,8 +204,8 @@ def _step_rows(
         made_of.by.order_F,
         made_of.by.starts_F1,
         made_of.by.row_N,
-        made_of.scale_N,
-        made_of.source_BD,
+        tuple(scale_N for scale_N, _ in made_of.terms),
+        tuple(source_BD for _, source_BD in made_of.terms),
         weight.data,
         moment1,
         moment2,
@@ -255,14 +249,21 @@ def update_(
     dec, enc, bias = sae.W_dec_FD, sae.W_enc_FD, sae.b_enc_F
     if not shares:  # a dense code: all there is lies in `.grad`
         shares = [Share(nothing(dec.device))]
-    shares = sorted(shares, key=lambda s: s.white_BD is None)
+    shares = sorted(shares, key=lambda s: (s.white_BD is None, -len(s.pairs)))
     skip = _skip(shares, dec.device)
     by = turn_over([s.found for s in shares], sae.width)
-    z_N, force_N, grad_BD, white_BD = _joined(shares, by, dec, precision.dec is not None)
+    like = torch.empty(
+        (0, dec.shape[1]), dtype=torch.float32 if precision.dec is None else torch.bfloat16, device=dec.device
+    )
+    terms = []
+    for n in range(max(1, *(len(s.pairs) for s in shares))):
+        z, grad = zip(*(s.pairs[n] if n < len(s.pairs) else (None, None) for s in shares), strict=True)
+        terms.append(_sources(by, shares, z, grad, like))
+    force = _sources(by, shares, [s.force_BK for s in shares], [s.white_BD for s in shares], like)
     kept = precision.moments
-    _step_rows(learner, dec, Sources(by, z_N, grad_BD, pull), precision.dec, kept, sphere_F, skip)
+    _step_rows(learner, dec, Sources(by, terms, pull), precision.dec, kept, sphere_F, skip)
     free_F = torch.zeros_like(sphere_F)
-    force_F = _step_rows(learner, enc, Sources(by, force_N, white_BD), precision.enc, kept, free_F, skip)
+    force_F = _step_rows(learner, enc, Sources(by, [force]), precision.enc, kept, free_F, skip)
     if bias.requires_grad:
         bias.grad = force_F if bias.grad is None else bias.grad + force_F
     _others(learner, skip)

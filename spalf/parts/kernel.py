@@ -58,6 +58,9 @@ class TorchOps:
             return reference.correlate(code, v_BD, sae, self.compute)
         return compact.correlate(code, v_BD, sae)
 
+    def refine(self, code: Code, white_BD: White, step_F: Tensor, form_DD: Tensor, sae: Autoencoder) -> Tensor | None:
+        return None
+
     def coactivation(
         self,
         code: Code,

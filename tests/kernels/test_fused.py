@@ -105,6 +105,20 @@ def test_every_gradient_equals_the_oracle_in_float64(shape: tuple[int, int, int]
         assert error < 1e-5, f"{name}: {error:.1e} with seed {seed}"
 
 
+@pytest.mark.parametrize(
+    "compute", ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(not CUDA, reason="CUDA"))]
+)
+def test_refining_at_once_is_refining_by_decode_and_correlate(compute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = int(torch.randint(2**31, ()))
+    at_once = gradients(fused.FusedOps(compute=compute), SHAPES[-1], seed, torch.float32, refine=True)
+    monkeypatch.setattr(fused.FusedOps, "refine", lambda *_: None)
+    in_pieces = gradients(fused.FusedOps(compute=compute), SHAPES[-1], seed, torch.float32, refine=True)
+    assert set(at_once) == set(in_pieces)
+    for name, value in in_pieces.items():
+        error = float((at_once[name] - value).norm() / value.norm().clamp(min=1e-12))
+        assert error < (1e-5 if compute == "float32" else 2e-2), f"{name}: {error:.1e} with seed {seed}"
+
+
 def learner(ops: Any, shape: tuple[int, int, int], refine: bool = False, **options: Any) -> tuple[Learner, Tensor]:
     sae, x_BD = built(ops, shape, 7, torch.float32, refine)
     rule = example(Adam, lr=1e-2, **options)

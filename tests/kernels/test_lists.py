@@ -73,7 +73,6 @@ def test_gathers_are_products_over_the_listed_entries(
     (rows, capacity, dim, width), draw = (4, 7, 24, 30), torch.Generator().manual_seed(0)
     for name, value in zip(("DOTS_SLICE", "DOTS_K", "SUM_SLICE", "SUM_K"), (*dots, *sums), strict=True):
         monkeypatch.setattr(lists, name, value)
-    monkeypatch.setattr(lists, "_PAD", 4)
     count_B = torch.tensor([0, 3, 7, 20], dtype=torch.int32)
     listed_BK = torch.arange(capacity) < count_B[:, None]
     index_BK = torch.where(listed_BK, torch.randint(0, width, (rows, capacity), generator=draw), width)
@@ -82,6 +81,10 @@ def test_gathers_are_products_over_the_listed_entries(
     index, z, count, grad, weight = (x.to(DEVICE) for x in (index_BK, z_BK, count_B, grad_BD, weight_FD))
     rows_BKD = weight_FD[index_BK.clamp(max=width - 1)] * listed_BK[..., None]
     torch.testing.assert_close(lists.gather_sum(index, z, count, weight).cpu(), (z_BK[..., None] * rows_BKD).sum(1))
-    found_BK = lists.gather_dots(index, count, grad, weight).cpu()
-    torch.testing.assert_close(found_BK, (rows_BKD * grad_BD[:, None]).sum(2))
+    wanted_BK = (rows_BKD * grad_BD[:, None]).sum(2)
+    found_BK = lists.gather_dots(index, count, grad, weight).sum().cpu()
+    torch.testing.assert_close(found_BK, wanted_BK)
     assert not bool(found_BK[~listed_BK].any())
+    only_BK = (torch.rand(rows, capacity, generator=draw) < 0.5) * listed_BK.float()
+    some = lists.gather_dots(index, count, grad, weight, only_BK.to(DEVICE))
+    torch.testing.assert_close(some.sum(z).cpu(), wanted_BK * only_BK + z_BK)

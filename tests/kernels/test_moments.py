@@ -47,7 +47,7 @@ class Rows:
         every, zero = torch.arange(width + 1, dtype=torch.int32, device=DEVICE), torch.zeros((), device=DEVICE)
         ones_F, free_F = torch.ones(width, device=DEVICE), torch.zeros(width, dtype=torch.int8, device=DEVICE)
         steps.update_rows[(width,)](
-            every, every, every, ones_F, grad_FD.to(DEVICE), self.weight_FD,
+            every, every, every, (ones_F,), (grad_FD.to(DEVICE),), self.weight_FD,
             self.mean.code_FD, self.square.code_FD, self.mean.scale_F, self.square.scale_F,
             self.weight_FD, self.weight_FD, torch.zeros_like(ones_F), free_F, self.weight_FD, zero, zero, 0, 0,
             hyper, zero, dim, MORE=False, LOW=False, BYTES=1, BLOCK_N=1, WIDE=update.WIDE, **update.row_block(dim),
