@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from spalf.bench import results
+from spalf.bench.render import render
 from spalf.bench.suite import read
 from spalf.bench.summary import against, current, rows
 
@@ -61,10 +64,17 @@ def test_quality() -> None:
         assert cells == wanted
 
 
-def test_the_page_is_made_of_its_lines(tmp_path: Path) -> None:
-    from spalf.bench.render import render
-
-    suite = read(ROOT / "recipes/bench/neox_27m.toml")
-    render(suite, results.read(PAGES / "quality/neox_27m"), tmp_path / "quality.md")
-    made, page = ((path / "quality.md").read_text(encoding="utf-8") for path in (tmp_path, PAGES))
-    assert made.strip() in page, "render docs/benchmarks/quality.md anew, as it says itself"
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [
+        ("neox_27m", "quality.md"),
+        ("ladder", "quality.md"),
+        ("sensitivity", "quality.md"),
+        ("anchors_27m", "2026-11-22-anchors.md"),
+    ],
+)
+def test_pages_are_made_of_their_lines(name: str, page: str, tmp_path: Path) -> None:
+    suite = read(ROOT / f"recipes/bench/{name}.toml")
+    render(suite, results.read(PAGES / "quality" / name), tmp_path / page)
+    made, kept = ((path / page).read_text(encoding="utf-8") for path in (tmp_path, PAGES))
+    assert made.strip() in kept, f"render docs/benchmarks/{page} anew, as it says itself"
