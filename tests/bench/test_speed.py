@@ -228,7 +228,11 @@ def test_the_dense_path_counts_where_it_is_faster() -> None:
     shape = {"d": 1, "F": 2, "l0": 3, "batch": 4}
     for fused in (3.0, 5.0):
         found["scaling"].append(
-            {"shape": shape, "rows": [measured("spalf triton", fused), measured("spalf torch", 4.0)], "floors": []}
+            {
+                "shape": shape,
+                "rows": [measured("spalf triton", fused), measured("spalf_plain torch:code=dense", 4.0)],
+                "floors": [],
+            }
         )
     assert figures.targets(found)[-1].measured == "1 of 2"
 
@@ -279,6 +283,7 @@ def whole() -> dict[str, Any]:
     found = document(
         measured("spalf triton", 5.0),
         measured("sparsify TopK", 20.0),
+        measured("dictionary_learning TopK", 25.0),
         broken,
         ceilings=[{"name": "x", "ms": 1.0, "rate": 2.0, "unit": "TB/s"}, {"name": "y", "ms": None, "reason": "large"}],
         floors=floors.table(task, "H100", {}),
@@ -312,6 +317,13 @@ def test_a_page_is_a_function_of_its_documents() -> None:
     ):
         assert shown in text, shown
     assert "| against the best peer (sparsify TopK) | >= 4x | 4.00x | met |" in text
+
+
+def test_one_peer_is_not_the_best_of_them() -> None:
+    found = document(measured("spalf triton", 5.0), measured("SAELens JumpReLU", 40.0))
+    said = [target.what for target in figures.targets(found)]
+    assert "against SAELens JumpReLU" in said
+    assert not any("best peer" in what for what in said)
 
 
 def test_the_page_in_the_documentation_is_that_of_its_figures() -> None:

@@ -197,6 +197,6 @@ def _by_shape(tables: list[Document]) -> list[Document]:
         key = tuple(table["shape"].values())
         held = out.setdefault(key, {})
         rows = {row["name"]: row for row in (*held.get("rows", ()), *table["rows"])}
-        recipes = dict.fromkeys(t["recipe"] for t in (held, table) if "recipe" in t)
+        recipes = dict.fromkeys(name for t in (held, table) if "recipe" in t for name in t["recipe"].split(", "))
         out[key] = {**held, **table, "recipe": ", ".join(recipes), "rows": list(rows.values())}
     return list(out.values())
