@@ -29,10 +29,17 @@ class _Pre(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, white_BD: Tensor, weight_FD: Tensor, bias_F: Tensor, found: lists.Lists, low_FD: Tensor, shares: Any
+        ctx: Any,
+        white_BD: Tensor,
+        weight_FD: Tensor,
+        bias_F: Tensor,
+        found: lists.Lists,
+        low_BD: Tensor,
+        low_FD: Tensor,
+        shares: Any,
     ) -> Tensor:
         ctx.save_for_backward(white_BD, weight_FD)
-        ctx.found, ctx.low_FD, ctx.shares = found, low_FD, shares
+        ctx.found, ctx.low_BD, ctx.low_FD, ctx.shares = found, low_BD, low_FD, shares
         return found.pre_BK.view_as(found.pre_BK)
 
     @staticmethod
@@ -44,12 +51,12 @@ class _Pre(torch.autograd.Function):
             grad_white = lists.gather_sum(found.index_BK, grad_BK, found.count_B, ctx.low_FD)
         if ctx.shares.open:
             share = ctx.shares.of(found)
-            share.force_BK, share.white_BD = grad_BK, white_BD
+            share.force_BK, share.white_BD = grad_BK, ctx.low_BD
             share.overflow = found.overflow
         else:
             grad_weight = lists.by_feature(found, grad_BK, white_BD, width)
             grad_bias = per_feature(grad_BK, found.index_BK, width)
-        return grad_white, grad_weight, grad_bias, None, None, None
+        return grad_white, grad_weight, grad_bias, None, None, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -140,7 +147,7 @@ class FusedOps:
 
     def _found(self, white_BD: Tensor, sae: Autoencoder, reach_F: Tensor, trains: bool) -> lists.Lists | None:
         weight_FD, bias_F = self._low("W_enc_FD", sae.W_enc_FD), sae.b_enc_F.detach()
-        white_BD, rows, capacity = white_BD.detach(), white_BD.shape[0], self._capacity
+        rows, capacity = white_BD.shape[0], self._capacity
         if trains:
             self._rows = rows
         if trains and capacity.row.limit:
@@ -181,14 +188,16 @@ class FusedOps:
     def encode(self, white_BD: White, sae: Autoencoder, dense: bool) -> Code:
         """Compact, but dense on request, for an activator without a reach, and where lists would be too long."""
         reach_F = None if dense else sae.activator.reach_F()
-        found = None if reach_F is None else self._scan(white_BD, sae, reach_F)
+        # Rounded once: for the products of the scan, and for the rows' gradient.
+        low_BD = white_BD.detach().bfloat16() if self.compute == "bfloat16" else white_BD.detach()
+        found = None if reach_F is None else self._scan(low_BD, sae, reach_F)
         if found is None:
             code = reference.encode(white_BD, sae, self.compute)
             if reach_F is not None and _trains(sae):
                 self._capacity.watch((code.pre_BK.detach() > reach_F).sum(1))
             return code
         pre_BK: Tensor = _Pre.apply(  # type: ignore[no-untyped-call]
-            white_BD, sae.W_enc_FD, sae.b_enc_F, found, self._low("W_enc_FD", sae.W_enc_FD), self._shares
+            white_BD, sae.W_enc_FD, sae.b_enc_F, found, low_BD, self._low("W_enc_FD", sae.W_enc_FD), self._shares
         )
         self._last = found
         plain, fired_F = sae.activator.rectangle_F(), None

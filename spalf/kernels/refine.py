@@ -75,7 +75,7 @@ class _Refine(torch.autograd.Function):
         # through <v, w>: force v at the rows, and back through A to the error, which is -gain times the sum
         to_v_BD = lists.gather_sum(found.index_BK, force_BK, found.count_B, low_FD)
         to_error_BD = (to_v_BD.to(low_FD.dtype) @ form_DD.T).float()
-        to_sum_BD, dot, shift_D = affine.backward(to_error_BD, sum_BD, -gain)
+        to_sum_BD, dot, to_shift_D = affine.backward(to_error_BD, sum_BD, -gain)
         dots = lists.gather_dots(found.index_BK, found.count_B, to_sum_BD, low_FD)
         to_weight = None
         if held.shares.open:
@@ -86,7 +86,7 @@ class _Refine(torch.autograd.Function):
             to_weight += lists.by_feature(found, z_BK, to_sum_BD, width)
         to_gain = -dot - dots_B.sum() / gain
         to_white = to_error_BD if ctx.needs_input_grad[5] else None
-        return dots.sum(direct_BK), to_weight, to_gain, -shift_D, to_step, to_white, None, None, None
+        return dots.sum(direct_BK), to_weight, to_gain, -to_shift_D, to_step, to_white, None, None, None
 
 
 def refined(code: Code, white_BD: White, step_F: Tensor, form_DD: Tensor, sae: Autoencoder, held: Held) -> Tensor:
