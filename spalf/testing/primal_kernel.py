@@ -26,22 +26,29 @@ def _integers(draw: torch.Generator, *shape: int) -> Tensor:
     return torch.randint(-1, 2, shape, generator=draw).float()
 
 
-def _exact(ops: Ops, rows: int, dim: int, width: int, threshold: float) -> tuple[StratifiedAutoencoder, White, Tensor]:
+def _exact(
+    ops: Ops, rows: int, dim: int, width: int, threshold: float, refine: bool = False
+) -> tuple[StratifiedAutoencoder, White, Tensor]:
     """An autoencoder of small integers, its input, and a gradient at its output; thresholds between integers."""
     draw = torch.Generator().manual_seed(rows + dim + width)
     device = _device()
     cut = width // 3
     strata = {"a": cut, "b": width - cut}
-    sae = StratifiedAutoencoder(dim, strata, JumpReLU(bandwidth=2.0).build(width), Machine(device=device, ops=ops))
+    activator = JumpReLU(bandwidth=2.0, refine=refine).build(width)
+    sae = StratifiedAutoencoder(dim, strata, activator, Machine(device=device, ops=ops))
     for p in (sae.W_enc_FD, sae.W_dec_FD, sae.b_enc_F):
         p.data.copy_(_integers(draw, *p.shape))
     cast(Any, sae.activator).log_threshold_F.data.fill_(math.log(threshold))
+    if refine:
+        cast(Any, sae.activator).step_F.data.fill_(1 / 64)
     return sae, White(_integers(draw, rows, dim).to(device)), _integers(draw, rows, dim).to(device)
 
 
-def _outcome(ops: Ops, shape: tuple[int, int, int], threshold: float, dense: bool) -> Iterator[tuple[str, Tensor]]:
+def _outcome(
+    ops: Ops, shape: tuple[int, int, int], threshold: float, dense: bool, refine: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """All that encode and decode give, forward and backward, as dense tensors by name."""
-    sae, white_BD, grad_BD = _exact(ops, *shape, threshold)
+    sae, white_BD, grad_BD = _exact(ops, *shape, threshold, refine)
     white_BD.requires_grad_(True)
     code: Code = sae.encode(white_BD, dense)
     hat_BD = ops.decode(code, sae)
@@ -121,9 +128,21 @@ def checks(component: Any) -> list[Check]:
             for a, b in zip(*outcomes, strict=True):
                 close(a, b, f"coactivation at {shape}", 1e-4)
 
+    def refined_codes_equal_the_oracle() -> None:
+        ops = _ops(component)
+        if ops is None:
+            return
+        # The step, its products and their gradients are no longer small integers.
+        allowed = 2e-2 if getattr(ops, "compute", "float32") == "bfloat16" else 1e-4
+        for shape in SHAPES:
+            ours, oracle = (_outcome(one, shape, 3.5, False, refine=True) for one in (ops, ReferenceOps()))
+            for (name, a), (_, b) in zip(ours, oracle, strict=True):
+                close(a, b, f"{name} of a refined code at rows, dim, features {shape}", allowed)
+
     return [
         encode_and_decode_equal_the_oracle,
         a_dense_code_on_request_equals_the_oracle,
+        refined_codes_equal_the_oracle,
         a_code_lists_all_that_matters,
         coactivation_equals_the_oracle,
     ]
