@@ -70,6 +70,7 @@ def test_quality() -> None:
         ("neox_27m", "quality.md"),
         ("ladder", "quality.md"),
         ("sensitivity", "quality.md"),
+        ("synthetic_small", "quality.md"),
         ("anchors_27m", "2026-11-22-anchors.md"),
     ],
 )
