@@ -12,6 +12,8 @@ from spalf.bench.suite import Sweep
 
 REACH = 1.1
 """How far beyond a curve's ends, as a factor of L0, its last line is still followed."""
+FALL = 0.4
+"""Power of L0 by which FVU falls: 0.36 to 0.41 between L0 16 and 128 in docs/benchmarks/quality.md, ours and peers'."""
 Points = Sequence[tuple[float, float]]
 """(L0, error) of one method."""
 
@@ -57,8 +59,8 @@ def _averaged(points: Points) -> list[tuple[float, float]]:
 def best(lines: Sequence[Mapping[str, Any]], sweep: Sweep) -> float | None:
     """The rate with the least FVU at the sweep's L0; None where no line has one.
 
-    A rate with several points is read off the line through its own, however far: only rates are compared by it. One
-    with a single point counts as it is, for its L0 is what was asked for.
+    A rate with several points is read off the line through its own, however far: only rates are compared by it. The
+    FVU of one with a single point is carried to that L0 as FVU falls on the whole: who is given an L0 may miss it.
     """
     by_rate: dict[float, list[tuple[float, float]]] = {}
     for line in lines:
@@ -68,5 +70,5 @@ def best(lines: Sequence[Mapping[str, Any]], sweep: Sweep) -> float | None:
     scores = {}
     for lr, points in by_rate.items():
         found = read_at(points, sweep.l0, reach=math.inf) if len(points) > 1 else None
-        scores[lr] = found.value if found else min(y for _, y in points)
+        scores[lr] = found.value if found else min(y * (x / sweep.l0) ** FALL for x, y in points)
     return min(scores, key=lambda lr: (scores[lr], lr)) if scores else None

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from spalf.bench import results
 from spalf.bench import suite as suites
-from spalf.bench.choice import read_at
+from spalf.bench.choice import best, read_at
 from spalf.bench.measure import agreement, flat, in_training, write_rows
 from spalf.bench.render import render, replaced
 from spalf.bench.summary import against, current, rows
@@ -225,6 +225,16 @@ def test_everybody_reads_the_same_stream(tmp_path: Path) -> None:
         reader.join()
     assert seen == [[float(n) for n in range(50)], [float(n) for n in range(7)]]
     assert writer.consumers == 1
+
+
+def test_a_rate_does_not_win_by_missing_its_l0() -> None:
+    def line(lr: float, l0: float, fvu: float) -> dict[str, Any]:
+        return {"job": {"lr": lr}, "measures": {"l0": l0, "fvu": fvu}}
+
+    sweep = suites.Sweep(at=(10.0,), l0=10.0, seed=0, share=1.0)
+    assert best([line(1e-3, 17.1, 0.332), line(3e-3, 12.2, 0.340), line(3e-2, 10.3, 0.601)], sweep) == 3e-3
+    assert best([line(1e-3, 10.0, 0.332), line(3e-3, 9.0, 0.340)], sweep) == 3e-3
+    assert best([line(1e-3, 10.0, 0.332), line(3e-3, 9.9, 0.340)], sweep) == 1e-3
 
 
 def test_silent_features_are_those_that_never_fire_on_the_training_stream() -> None:
