@@ -188,12 +188,14 @@ class FusedOps:
     def encode(self, white_BD: White, sae: Autoencoder, dense: bool) -> Code:
         """Compact, but dense on request, for an activator without a reach, and where lists would be too long."""
         reach_F = None if dense else sae.activator.reach_F()
+        if reach_F is None:
+            return reference.encode(white_BD, sae, self.compute)
         # Rounded once: for the products of the scan, and for the rows' gradient.
         low_BD = white_BD.detach().bfloat16() if self.compute == "bfloat16" else white_BD.detach()
-        found = None if reach_F is None else self._scan(low_BD, sae, reach_F)
+        found = self._scan(low_BD, sae, reach_F)
         if found is None:
             code = reference.encode(white_BD, sae, self.compute)
-            if reach_F is not None and _trains(sae):
+            if _trains(sae):
                 self._capacity.watch((code.pre_BK.detach() > reach_F).sum(1))
             return code
         pre_BK: Tensor = _Pre.apply(  # type: ignore[no-untyped-call]
@@ -235,7 +237,9 @@ class FusedOps:
         if code.index_BK is None:
             return None
         low_FD, found = self._low("W_dec_FD", sae.W_dec_FD), self._lists_of(code)
-        held = refine.Held(found=found, low_FD=low_FD, shares=self._shares, in_order=self.deterministic)
+        held = refine.Held(
+            found=found, low_FD=low_FD, shares=self._shares, mesh=sae.machine.mesh, in_order=self.deterministic
+        )
         return refine.refined(code, white_BD, step_F, form_DD, sae, held)
 
     def coactivation(

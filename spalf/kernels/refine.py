@@ -12,6 +12,7 @@ from attrs import frozen
 from torch import Tensor
 
 from spalf.core.built import Autoencoder
+from spalf.core.mesh import Mesh
 from spalf.core.values import Code, White, per_feature
 from spalf.kernels import affine, device, lists
 from spalf.kernels.update import Shares
@@ -19,12 +20,13 @@ from spalf.kernels.update import Shares
 
 @frozen(kw_only=True, eq=False)
 class Held:
-    """A code's lists, the decoder in the precision of products, where its gradient goes, and whether sums have one
-    order."""
+    """A code's lists, the decoder in the precision of products, where its gradient goes, who else holds features, and
+    whether sums have one order."""
 
     found: lists.Lists
     low_FD: Tensor
     shares: Shares
+    mesh: Mesh
     in_order: bool
 
 
@@ -46,7 +48,7 @@ class _Refine(torch.autograd.Function):
     ) -> Tensor:
         found, low_FD = held.found, held.low_FD
         form_DD = form_DD.to(low_FD.dtype)
-        sum_BD = lists.gather_sum(found.index_BK, z_BK, found.count_B, low_FD)
+        sum_BD = held.mesh.sum(lists.gather_sum(found.index_BK, z_BK, found.count_B, low_FD))
         v_BD = affine.residual(white_BD.contiguous(), sum_BD, gain, shift_D, low_FD.dtype) @ form_DD
         dots = lists.gather_dots(found.index_BK, found.count_B, v_BD, low_FD, gate_BK)
         (rows, capacity), out_BK, pull_BK = z_BK.shape, torch.empty_like(z_BK), torch.empty_like(z_BK)
@@ -73,7 +75,7 @@ class _Refine(torch.autograd.Function):
         if held.in_order:
             to_step = per_feature(to_step, found.index_BK, width, in_order=True)
         # through <v, w>: force v at the rows, and back through A to the error, which is -gain times the sum
-        to_v_BD = lists.gather_sum(found.index_BK, force_BK, found.count_B, low_FD)
+        to_v_BD = held.mesh.sum(lists.gather_sum(found.index_BK, force_BK, found.count_B, low_FD))
         to_error_BD = (to_v_BD.to(low_FD.dtype) @ form_DD.T).float()
         to_sum_BD, dot, to_shift_D = affine.backward(to_error_BD, sum_BD, -gain)
         dots = lists.gather_dots(found.index_BK, found.count_B, to_sum_BD, low_FD)

@@ -62,7 +62,7 @@ def _machine(document: Document) -> Iterator[str]:
         yield from _shape(table)
     if document["scaling"]:
         yield "### Scaling\n"
-        yield "Milliseconds a step by backend, with the floors beside; one axis at a time.\n"
+        yield "Milliseconds a step by backend, with the floors beside.\n"
         yield markdown(*tables.scaling(document["scaling"]))
     if "start" in document:
         yield "### Start-up\n"

@@ -107,8 +107,8 @@ def firing_rates(options: Synthetic) -> Tensor:
 def directions(options: Synthetic, device: torch.device) -> Tensor:
     """[N, D] unit rows: Gaussian, then descent on sum_{i != j} cos_ij^4 along the sphere.
 
-    The descent runs on `device`, for 16,384 features are half an hour's work of a CPU: the world is the same on every
-    device up to rounding.
+    The descent runs on `device`, whose work grows with the square of N (2,048 features are half a minute of a CPU): the
+    world is the same on every device up to rounding.
     """
     draw = generator("directions", options.world)
     gaussian_ND = torch.randn(options.features, options.d_model, generator=draw, dtype=torch.float32)
