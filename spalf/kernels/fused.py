@@ -237,9 +237,7 @@ class FusedOps:
         if code.index_BK is None:
             return None
         low_FD, found = self._low("W_dec_FD", sae.W_dec_FD), self._lists_of(code)
-        held = refine.Held(
-            found=found, low_FD=low_FD, shares=self._shares, mesh=sae.machine.mesh, in_order=self.deterministic
-        )
+        held = refine.Held(found=found, low_FD=low_FD, shares=self._shares, in_order=self.deterministic)
         return refine.refined(code, white_BD, step_F, form_DD, sae, held)
 
     def coactivation(

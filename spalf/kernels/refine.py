@@ -20,13 +20,12 @@ from spalf.kernels.update import Shares
 
 @frozen(kw_only=True, eq=False)
 class Held:
-    """A code's lists, the decoder in the precision of products, where its gradient goes, who else holds features, and
-    whether sums have one order."""
+    """A code's lists, the decoder in the precision of products, where its gradient goes, and whether sums have one
+    order."""
 
     found: lists.Lists
     low_FD: Tensor
     shares: Shares
-    mesh: Mesh
     in_order: bool
 
 
@@ -45,10 +44,11 @@ class _Refine(torch.autograd.Function):
         gate_BK: Tensor,
         form_DD: Tensor,
         held: Held,
+        mesh: Mesh,
     ) -> Tensor:
         found, low_FD = held.found, held.low_FD
         form_DD = form_DD.to(low_FD.dtype)
-        sum_BD = held.mesh.sum(lists.gather_sum(found.index_BK, z_BK, found.count_B, low_FD))
+        sum_BD = mesh.sum(lists.gather_sum(found.index_BK, z_BK, found.count_B, low_FD))
         v_BD = affine.residual(white_BD.contiguous(), sum_BD, gain, shift_D, low_FD.dtype) @ form_DD
         dots = lists.gather_dots(found.index_BK, found.count_B, v_BD, low_FD, gate_BK)
         (rows, capacity), out_BK, pull_BK = z_BK.shape, torch.empty_like(z_BK), torch.empty_like(z_BK)
@@ -57,7 +57,7 @@ class _Refine(torch.autograd.Function):
             len(dots.parts_SBK), rows * capacity, capacity, BLOCK=dots.block, num_warps=1,
         )  # fmt: skip
         ctx.save_for_backward(z_BK, weight_FD, gain, step_F, gate_BK, form_DD, sum_BD, v_BD, out_BK, pull_BK)
-        ctx.held = held
+        ctx.held, ctx.mesh = held, mesh
         return out_BK
 
     @staticmethod
@@ -75,7 +75,7 @@ class _Refine(torch.autograd.Function):
         if held.in_order:
             to_step = per_feature(to_step, found.index_BK, width, in_order=True)
         # through <v, w>: force v at the rows, and back through A to the error, which is -gain times the sum
-        to_v_BD = held.mesh.sum(lists.gather_sum(found.index_BK, force_BK, found.count_B, low_FD))
+        to_v_BD = ctx.mesh.sum(lists.gather_sum(found.index_BK, force_BK, found.count_B, low_FD))
         to_error_BD = (to_v_BD.to(low_FD.dtype) @ form_DD.T).float()
         to_sum_BD, dot, to_shift_D = affine.backward(to_error_BD, sum_BD, -gain)
         dots = lists.gather_dots(found.index_BK, found.count_B, to_sum_BD, low_FD)
@@ -88,12 +88,13 @@ class _Refine(torch.autograd.Function):
             to_weight += lists.by_feature(found, z_BK, to_sum_BD, width)
         to_gain = -dot - dots_B.sum() / gain
         to_white = to_error_BD if ctx.needs_input_grad[5] else None
-        return dots.sum(direct_BK), to_weight, to_gain, -to_shift_D, to_step, to_white, None, None, None
+        return dots.sum(direct_BK), to_weight, to_gain, -to_shift_D, to_step, to_white, None, None, None, None
 
 
 def refined(code: Code, white_BD: White, step_F: Tensor, form_DD: Tensor, sae: Autoencoder, held: Held) -> Tensor:
     """z [B, K] of the refined code."""
+    gate_BK, mesh = code.gate_BK.detach(), sae.machine.mesh
     out: Tensor = _Refine.apply(  # type: ignore[no-untyped-call]
-        code.z_BK, sae.W_dec_FD, sae.log_gain.exp(), sae.b_dec_D, step_F, white_BD, code.gate_BK.detach(), form_DD, held
+        code.z_BK, sae.W_dec_FD, sae.log_gain.exp(), sae.b_dec_D, step_F, white_BD, gate_BK, form_DD, held, mesh
     )
     return out
