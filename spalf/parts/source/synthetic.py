@@ -155,8 +155,8 @@ class World:
         self.is_correlated = options.rank > 0 and options.correlation > 0
         self._options = options
 
-    def draw(self, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        """One chunk of rows [B, D] and their codes [B, N] in units of the true directions."""
+    def draw(self, draw: torch.Generator, *, codes: bool = True) -> tuple[Tensor, Tensor | None]:
+        """One chunk of rows [B, D] and, where asked for, their codes [B, N] in units of the true directions."""
         options, device, rows = self._options, draw.device, self._options.shuffle
         g_BN = torch.randn(rows, options.features, generator=draw, device=device)
         if self.is_correlated:
@@ -171,9 +171,16 @@ class World:
         row_E, feature_E = on_BN.nonzero(as_tuple=True)
         noise_E = torch.randn(len(row_E), generator=draw, device=device)
         code_E = (self.mean_N[feature_E] + options.spread * noise_E).relu() * self.scale_N[feature_E]
+        # What fires is a few in a thousand: a dense product over N would be most of the drawing.
+        first_B = torch.searchsorted(row_E, torch.arange(rows, device=device))
+        x_BD = torch.nn.functional.embedding_bag(
+            feature_E, self.directions_ND, first_B, mode="sum", per_sample_weights=code_E
+        )
+        if not codes:
+            return x_BD + self.bias_D, None
         code_BN = torch.zeros_like(g_BN)
         code_BN[row_E, feature_E] = code_E
-        return code_BN @ self.directions_ND + self.bias_D, code_BN
+        return x_BD + self.bias_D, code_BN
 
     def _prune_(self, on_BN: Tensor, g_BN: Tensor) -> None:
         """A child stays on only with its parent, and of firing siblings only the one that is furthest above its bar."""
@@ -211,7 +218,7 @@ class SyntheticStream(Bare):
         self._split = "held_out" if held_out else "training"
         self._labels = held_out or options.labels
         self._chunk, self._offset = 0, 0
-        self._drawn: tuple[Tensor, Tensor] | None = None
+        self._drawn: tuple[Tensor, Tensor | None] | None = None
 
     def next(self, n: int) -> Batch:
         rows, codes = [], []
@@ -219,10 +226,12 @@ class SyntheticStream(Bare):
         while missing > 0:
             if self._drawn is None:
                 draw = generator("rows", self._seed, self._split, self._chunk, device=self._device)
-                self._drawn = self._world.draw(draw)
-            x_BD, code_BN = (t[self._offset : self._offset + missing] for t in self._drawn)
+                self._drawn = self._world.draw(draw, codes=self._labels)
+            taken = slice(self._offset, self._offset + missing)
+            x_BD, code_BN = self._drawn[0][taken], self._drawn[1]
             rows.append(x_BD)
-            codes.append(code_BN)
+            if code_BN is not None:
+                codes.append(code_BN[taken])
             missing -= len(x_BD)
             self._offset += len(x_BD)
             if self._offset == self._options.shuffle:
