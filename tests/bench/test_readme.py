@@ -52,6 +52,38 @@ def test_speed() -> None:
             assert name in names
 
 
+HARVESTS = {
+    "27 M parameters, hook 3, d 512, F 16,384": "h100-neox_27m.json",
+    "the same, `source.compiled = true`": "h100-neox_27m_compiled.json",
+    "Pythia-1.4b's shape, random weights, hook 6, F 65,536": "h100-pythia_1.4b_random.json",
+}
+
+
+def test_harvests_are_those_of_their_files() -> None:
+    lines = (PAGES / "speed.md").read_text(encoding="utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| model | harvest alone"))
+    told = {}
+    for line in lines[first + 2 :]:
+        if not line.startswith("|"):
+            break
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        told[name] = cells
+    assert set(told) == set(HARVESTS)
+    for name, file in HARVESTS.items():
+        held = json.loads((PAGES / "harvest" / file).read_text(encoding="utf-8"))
+        alone, steps, both = (row["activations_per_s"] / 1e6 for row in held["rows"])
+        wanted = [_three(alone), _three(steps), _three(both), f"{both / min(alone, steps):.2f}"]
+        wanted.append(f"{both / alone + both / steps:.2f}")
+        theirs = [row["activations_per_s"] / 1e6 for row in held.get("saelens", {"rows": []})["rows"]]
+        wanted += [f"{max(theirs):.3f}", f"{both / max(theirs):.1f}x"] if theirs else ["-", "-"]
+        assert told[name] == wanted, name
+
+
+def _three(millions: float) -> str:
+    """Three digits that count: 7.15, 0.641."""
+    return f"{millions:.2f}" if millions >= 1 else f"{millions:.3f}"
+
+
 def test_quality() -> None:
     suite = read(ROOT / "recipes/bench/neox_27m.toml")
     every = rows(suite, current(suite, results.read(PAGES / "quality/neox_27m")))
