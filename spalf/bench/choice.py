@@ -57,18 +57,24 @@ def _averaged(points: Points) -> list[tuple[float, float]]:
 
 
 def best(lines: Sequence[Mapping[str, Any]], sweep: Sweep) -> float | None:
-    """The rate with the least FVU at the sweep's L0; None where no line has one.
+    """The rate of the most MCC, where all lines have one; else of the least FVU at the sweep's L0; None where none has.
 
-    A rate with several points is read off the line through its own, however far: only rates are compared by it. The
-    FVU of one with a single point is carried to that L0 as FVU falls on the whole: who is given an L0 may miss it.
+    FVU of a rate with several points is read off the line through them, however far: only rates are compared by it.
+    With a single point it is carried to that L0 as FVU falls on the whole: who is given an L0 may miss it. MCC has no
+    such law, and is averaged as it is.
     """
-    by_rate: dict[float, list[tuple[float, float]]] = {}
-    for line in lines:
-        measures = line.get("measures") or {}
-        if measures.get("fvu") and measures.get("l0"):
-            by_rate.setdefault(line["job"]["lr"], []).append((measures["l0"], measures["fvu"]))
-    scores = {}
-    for lr, points in by_rate.items():
-        found = read_at(points, sweep.l0, reach=math.inf) if len(points) > 1 else None
-        scores[lr] = found.value if found else min(y * (x / sweep.l0) ** FALL for x, y in points)
+    held = [(line["job"]["lr"], line.get("measures") or {}) for line in lines]
+    scores: dict[float, float] = {}
+    if held and all("mcc" in measures for _, measures in held):
+        for lr in {lr for lr, _ in held}:
+            own = [measures["mcc"] for rate, measures in held if rate == lr]
+            scores[lr] = -sum(own) / len(own)
+    else:
+        by_rate: dict[float, list[tuple[float, float]]] = {}
+        for lr, measures in held:
+            if measures.get("fvu") and measures.get("l0"):
+                by_rate.setdefault(lr, []).append((measures["l0"], measures["fvu"]))
+        for lr, points in by_rate.items():
+            found = read_at(points, sweep.l0, reach=math.inf) if len(points) > 1 else None
+            scores[lr] = found.value if found else min(y * (x / sweep.l0) ** FALL for x, y in points)
     return min(scores, key=lambda lr: (scores[lr], lr)) if scores else None

@@ -169,17 +169,20 @@ def _ratio(value: float | None, of: float | None) -> str:
 
 
 def _sweeps(suite: Suite, held: Sequence[Line]) -> list[str]:
-    """FVU at every rate that was tried, and the one that was taken."""
+    """FVU and, of planted features, MCC at every rate that was tried, and the one that was taken."""
     chosen, body = rates(suite, held), []
+    names = ["l0", "fvu", *(["mcc"] if any("mcc" in line["measures"] for line in held) else [])]
     for method in suite.methods:
         for line in sorted(swept(method, held), key=lambda one: (one["job"]["setting"], one["job"]["lr"])):
             job, measures = line["job"], line["measures"]
             cells = [method.title, f"{axis_name(method.axis)} {job['setting']:g}", f"{job['lr']:g}"]
             taken = "taken" if job["lr"] == chosen[method.name] else ""
-            body.append([*cells, _digits(measures["l0"]), _digits(measures["fvu"]), f"{job['tokens']:,}", taken])
+            cells += [_digits(measures[name]) for name in names]
+            body.append([*cells, f"{job['tokens']:,}", taken])
     if not body:
         return []
-    return ["### Learning rates", "", *_table(["method", "setting", "rate", "L0", "FVU", "activations", ""], body)]
+    heads = ["method", "setting", "rate", *(TITLES[n] for n in names), "activations", ""]
+    return ["### Learning rates", "", *_table(heads, body)]
 
 
 def _agreements(suite: Suite, held: Sequence[Line]) -> list[str]:

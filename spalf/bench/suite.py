@@ -44,7 +44,7 @@ class Axis:
 class Sweep:
     """How a learning rate is chosen: at these values of the axis, one seed, a share of the budget.
 
-    The best rate has the least FVU at `l0`: where there are several values, on the line through its own points.
+    The best rate has the most MCC where features are planted, else the least FVU at `l0` (on the line of its points).
     """
 
     at: tuple[float, ...]
