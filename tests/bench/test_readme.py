@@ -109,6 +109,8 @@ def test_quality() -> None:
         ("ladder", "quality.md"),
         ("sensitivity", "quality.md"),
         ("synthetic_small", "quality.md"),
+        ("synthetic", "quality.md"),
+        ("anisotropic", "quality.md"),
         ("anchors_27m", "2026-11-22-anchors.md"),
     ],
 )
