@@ -237,6 +237,16 @@ def test_a_rate_does_not_win_by_missing_its_l0() -> None:
     assert best([line(1e-3, 10.0, 0.332), line(3e-3, 9.9, 0.340)], sweep) == 1e-3
 
 
+def test_where_features_are_planted_the_rate_that_finds_most_wins() -> None:
+    def line(lr: float, fvu: float, mcc: float | None) -> dict[str, Any]:
+        return {"job": {"lr": lr}, "measures": {"l0": 25.0, "fvu": fvu} | ({} if mcc is None else {"mcc": mcc})}
+
+    sweep = suites.Sweep(at=(25.0,), l0=25.0, seed=0, share=0.5)
+    assert best([line(3e-4, 0.438, 0.809), line(1e-3, 0.433, 0.784)], sweep) == 3e-4
+    assert best([line(3e-4, 0.438, None), line(1e-3, 0.433, None)], sweep) == 1e-3
+    assert best([line(1e-3, 0.4, 0.7), line(3e-4, 0.4, 0.7)], sweep) == 3e-4
+
+
 def test_silent_features_are_those_that_never_fire_on_the_training_stream() -> None:
     plan = toy_plan()
     state = started(plan, 1)
