@@ -102,6 +102,22 @@ def test_quality() -> None:
         assert cells == wanted
 
 
+def test_planted_features() -> None:
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    suite = read(ROOT / "recipes/bench/anisotropic.toml")
+    every = rows(suite, current(suite, results.read(PAGES / "quality/anisotropic")))
+    ours = [row for row in every if row.method.name == "ours"]
+    found = [f"{row.mean('mcc'):.3f}" for row in ours]
+    ratios = [one.ratio for row in ours if (one := against(row, every, "mcc"))]
+    assert len(ratios) == 3
+    assert f"MCC {found[0]}, {found[1]} and {found[2]} at L0 15, 25 and 35" in said
+    assert "{:.2f}, {:.2f} and {:.2f} times the best peer's".format(*ratios) in said
+    suite = read(ROOT / "recipes/bench/synthetic.toml")
+    every = rows(suite, current(suite, results.read(PAGES / "quality/synthetic")))
+    at = {row.method.name: row.mean("mcc") for row in every if row.setting == 25}
+    assert f"({at['topk_saelens']:.3f} and {at['ours']:.3f} at 25)" in said
+
+
 @pytest.mark.parametrize(
     ("name", "page"),
     [
