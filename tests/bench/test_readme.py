@@ -127,6 +127,7 @@ def test_planted_features() -> None:
         ("synthetic_small", "quality.md"),
         ("synthetic", "quality.md"),
         ("anisotropic", "quality.md"),
+        ("anisotropic_small", "quality.md"),
         ("anchors_27m", "2026-11-22-anchors.md"),
     ],
 )
