@@ -61,7 +61,8 @@ def train(table: Table) -> dict[str, Any]:
     held = evaluate.constraints(plan, run.state)
     answer = _measured(table, plan, run.state, shared)
     answer["seconds"] = {"train": round(trained - start, 3), "measure": round(time.perf_counter() - trained, 3)}
-    answer["constraints"] = {n: {k: c[k] for k in ("violation", "multiplier", "feasible")} for n, c in held.items()}
+    kept = ("violation", "filtered", "multiplier", "feasible")
+    answer["constraints"] = {n: {k: c[k] for k in kept} for n, c in held.items()}
     return answer
 
 
