@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from spalf.core.values import White
@@ -20,29 +21,72 @@ GRAM = 64
 """Most active features of a row that its Gram matrix holds."""
 
 
+@frozen(eq=False)
+class Picked:
+    """Entries of each sampled row that its Gram matrix holds, those that are left over at the end, all [R, S]."""
+
+    index_RS: Tensor
+    """Feature, 0 where nothing is left."""
+    listed_RS: Tensor
+    """The same with the width there, as lists have their padding."""
+    on_RS: Tensor
+    """int32, 1 where there is an entry."""
+    one_RS: Tensor
+    """The same in float32."""
+
+
+def picked(
+    index_BK: Tensor, gate_BK: Tensor, sample_R: Tensor, features: tuple[int, int], width: int, draw: torch.Generator
+) -> Picked:
+    """Of each sampled row at most GRAM entries that are on and of `features`, a uniform subset where there are more."""
+    samples, capacity = sample_R.shape[0], index_BK.shape[1]
+    keep, at = min(capacity, GRAM), index_BK.device
+    key_RK = torch.rand((samples, capacity), generator=draw, device=at) if capacity > GRAM else gate_BK
+    index_RS, listed_RS = torch.empty((2, samples, keep), dtype=torch.int64, device=at)
+    on_RS, one_RS = (torch.empty((samples, keep), dtype=t, device=at) for t in (torch.int32, torch.float32))
+    passes.pick[(samples,)](
+        index_BK.contiguous(),
+        gate_BK.contiguous(),
+        sample_R,
+        key_RK,
+        index_RS,
+        listed_RS,
+        on_RS,
+        one_RS,
+        capacity,
+        keep,
+        width,
+        *features,
+        KEYED=capacity > GRAM,
+        BLOCK_K=power_of_2(capacity, 16, 1 << 16),
+        BLOCK_S=power_of_2(keep, 16, GRAM),
+        CHUNK=16,
+        num_warps=power_of_2(capacity // 128, 4, 16),
+    )
+    return Picked(index_RS, listed_RS, on_RS, one_RS)
+
+
 class _Rows(torch.autograd.Function):
-    """weight[index] for an index [R, S], in the precision of `low`; entries that are off give no gradient."""
+    """weight[index] of what is picked, in the precision of `low`; where nothing is left there is no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weight_FD: Tensor, index_RS: Tensor, on_RS: Tensor, low_FD: Tensor, shares: Shares) -> Tensor:
-        ctx.save_for_backward(index_RS, on_RS)
-        ctx.shares, ctx.shape = shares, weight_FD.shape
-        return low_FD[torch.where(on_RS, index_RS, 0)]
+    def forward(ctx: Any, weight_FD: Tensor, pick: Picked, low_FD: Tensor, shares: Shares) -> Tensor:
+        ctx.pick, ctx.shares, ctx.shape = pick, shares, weight_FD.shape
+        return low_FD[pick.index_RS]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        index_RS, on_RS = ctx.saved_tensors
-        width, dim = ctx.shape
-        listed_N1 = torch.where(on_RS, index_RS, width).reshape(-1, 1)
+        pick, (width, dim) = ctx.pick, ctx.shape
+        listed_N1 = pick.listed_RS.view(-1, 1)
         grad_ND = grads[0].reshape(-1, dim)
         if ctx.shares.open:
             # A list of one entry per row, with z = 1: the same sum as a decoder's.
-            one_N1 = torch.ones(listed_N1.shape, device=grad_ND.device)
-            found = Lists(index_BK=listed_N1, pre_BK=one_N1, count_B=on_RS.reshape(-1).int(), total=len(listed_N1))
+            one_N1 = pick.one_RS.view(-1, 1)
+            found = Lists(index_BK=listed_N1, pre_BK=one_N1, count_B=pick.on_RS.view(-1), total=len(listed_N1))
             ctx.shares.add(found, one_N1, grad_ND)
-            return None, None, None, None, None
+            return None, None, None, None
         out = torch.zeros(width + 1, dim, device=grad_ND.device)
-        return out.index_add_(0, listed_N1[:, 0], grad_ND.float())[:width], None, None, None, None
+        return out.index_add_(0, listed_N1[:, 0], grad_ND.float())[:width], None, None, None
 
 
 class _Cosines(torch.autograd.Function):
@@ -58,7 +102,7 @@ class _Cosines(torch.autograd.Function):
         out_2R, force_RSS = torch.empty((2, samples), device=on_RS.device), torch.empty_like(gram_RSS)
         passes.cosines[(samples,)](
             gram_RSS,
-            on_RS.contiguous().view(torch.uint8),
+            on_RS,
             out_2R,
             force_RSS,
             samples,
@@ -73,7 +117,9 @@ class _Cosines(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         rows_RSD, force_RSS, counted = ctx.saved_tensors
-        return (force_RSS * (2 * grads[0] / counted)).to(rows_RSD.dtype) @ rows_RSD, None
+        scaled_RSS = torch.empty_like(force_RSS, dtype=rows_RSD.dtype)
+        torch.mul(force_RSS, 2 * grads[0] / counted, out=scaled_RSS)
+        return scaled_RSS @ rows_RSD, None
 
 
 def _gram(rows_RSD: Tensor) -> Tensor:
@@ -85,29 +131,17 @@ def _gram(rows_RSD: Tensor) -> Tensor:
     return rows_RSD.float() @ rows_RSD.float().mT
 
 
-def _kept(index_RK: Tensor, on_RK: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """At most GRAM entries of each row, a uniform subset of those that are on."""
-    if index_RK.shape[1] <= GRAM:
-        return index_RK, on_RK
-    key_RK = torch.rand(on_RK.shape, generator=draw, device=on_RK.device).masked_fill(~on_RK, -1.0)
-    place_RS = key_RK.topk(GRAM, dim=1).indices
-    return index_RK.gather(1, place_RS), on_RK.gather(1, place_RS)
-
-
 def coactivation(
-    index_RK: Tensor,
-    on_RK: Tensor,
+    pick: Picked,
     weight_FD: Tensor,
     low_FD: Tensor,
     direction: Callable[[White], Tensor],
-    draw: torch.Generator,
     shares: Shares,
 ) -> Tensor:
     """Mean over rows of the mean squared cosine between the features of a row that are on; rows with a pair count."""
-    index_RS, on_RS = _kept(index_RK, on_RK, draw)
-    rows_RSD: Tensor = _Rows.apply(weight_FD, index_RS, on_RS, low_FD, shares)  # type: ignore[no-untyped-call]
+    rows_RSD: Tensor = _Rows.apply(weight_FD, pick, low_FD, shares)  # type: ignore[no-untyped-call]
     moved_RSD = direction(White(rows_RSD))
-    out: Tensor = _Cosines.apply(moved_RSD, on_RS)  # type: ignore[no-untyped-call]
+    out: Tensor = _Cosines.apply(moved_RSD, pick.on_RS)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -251,11 +251,11 @@ class FusedOps:
     ) -> Tensor:
         if code.index_BK is None:
             return reference.coactivation(code, sae, sample_R, rows, direction, draw)
-        index_RK = code.index_BK[sample_R]
         start, stop, _ = rows.indices(sae.width)
-        on_RK = (code.gate_BK.detach()[sample_R] > 0) & (index_RK >= start) & (index_RK < stop)
+        gate_BK = code.gate_BK.detach()
+        pick = coactivation.picked(code.index_BK, gate_BK, sample_R, (start, stop), sae.width, draw)
         low_FD = self._low("W_dec_FD", sae.W_dec_FD)
-        return coactivation.coactivation(index_RK, on_RK, sae.W_dec_FD, low_FD, direction, draw, self._shares)
+        return coactivation.coactivation(pick, sae.W_dec_FD, low_FD, direction, self._shares)
 
     def distance(self, sae: Autoencoder, target_AD: Tensor, rows: slice) -> Tensor:
         return coactivation.distance(sae.W_dec_FD, target_AD, rows, self._shares)

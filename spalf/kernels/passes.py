@@ -115,6 +115,52 @@ def cosines(gram, on, out, force, samples, size, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
+def _listed(index, gate, key, k, here, drawn, capacity, first, last):
+    """(feature, whether it is on and of [first, last), key) of entries `k` of a row."""
+    inside = k < capacity
+    f = tl.load(index + here + k, mask=inside, other=0)
+    on = inside & (tl.load(gate + here + k, mask=inside, other=0.0) > 0) & (f >= first) & (f < last)
+    return f, on, tl.load(key + drawn + k, mask=inside, other=0.0)
+
+
+@triton.jit
+def pick(
+    index, gate, sample, key, index_out, listed_out, on_out, one_out, capacity, keep, width, first, last,
+    KEYED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Of each sampled row, a program each, the entries that are on and of features [first, last): the `keep` with the
+    largest keys, by falling key; the first ones, in order, without KEYED.
+
+    Out of [R, keep]: the feature (0 where nothing is left), the same with the width there, and 1 or 0 twice.
+    """
+    r = tl.program_id(0).to(tl.int64)
+    here, drawn = tl.load(sample + r) * capacity, r * capacity
+    k = tl.arange(0, BLOCK_K)
+    f, on, mine = _listed(index, gate, key, k, here, drawn, capacity, first, last)
+    rank = tl.zeros([BLOCK_K], dtype=tl.int32)
+    # Padding lies behind all entries: most of a list is that.
+    for start in range(0, tl.sum(((k < capacity) & (f < width)).to(tl.int32), axis=0), CHUNK):
+        j = start + tl.arange(0, CHUNK)
+        _, other_on, other = _listed(index, gate, key, j, here, drawn, capacity, first, last)
+        is_before = j[None, :] < k[:, None]
+        if KEYED:
+            tied = (other[None, :] == mine[:, None]) & is_before
+            is_before = (other[None, :] > mine[:, None]) | tied
+        rank += tl.sum((is_before & other_on[None, :]).to(tl.int32), axis=1)
+    kept, to = on & (rank < keep), r * keep + rank
+    tl.store(index_out + to, f, mask=kept)
+    tl.store(listed_out + to, f, mask=kept)
+    tl.store(on_out + to, kept.to(tl.int32), mask=kept)
+    tl.store(one_out + to, kept.to(tl.float32), mask=kept)
+    s = tl.arange(0, BLOCK_S)
+    empty, nothing = (s < keep) & (s >= tl.sum(on.to(tl.int32), axis=0)), tl.zeros([BLOCK_S], dtype=tl.int32)
+    tl.store(index_out + r * keep + s, nothing.to(tl.int64), mask=empty)
+    tl.store(listed_out + r * keep + s, (nothing + width).to(tl.int64), mask=empty)
+    tl.store(on_out + r * keep + s, nothing, mask=empty)
+    tl.store(one_out + r * keep + s, nothing.to(tl.float32), mask=empty)
+
+
+@triton.jit
 def count_steps(steps, rates, skip, hyper, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr):
     """`count_step` for a tuple of parameters, a program each; `hyper` takes 7 numbers a parameter."""
     for i in tl.static_range(len(steps)):
