@@ -126,6 +126,7 @@ def test_planted_features() -> None:
         ("sensitivity", "quality.md"),
         ("synthetic_small", "quality.md"),
         ("synthetic", "quality.md"),
+        ("embedded", "quality.md"),
         ("anisotropic", "quality.md"),
         ("anisotropic_small", "quality.md"),
         ("anchors_27m", "2026-11-22-anchors.md"),
