@@ -102,6 +102,17 @@ def test_quality() -> None:
         assert cells == wanted
 
 
+def test_a_second_model() -> None:
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    suite = read(ROOT / "recipes/bench/embedded.toml")
+    every = rows(suite, current(suite, results.read(PAGES / "quality/embedded")))
+    ours = [row for row in every if row.method.name == "fit"]
+    fvu, gap = ([one.ratio for row in ours if (one := against(row, every, n))] for n in ("fvu", "ce_gap"))
+    assert len(fvu) == len(gap) == 3
+    assert f"{min(fvu):.2f} to {max(fvu):.2f} of the best peer's FVU" in said
+    assert f"and {min(gap):.2f} to {max(gap):.2f} of its CE gap" in said
+
+
 def test_planted_features() -> None:
     said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     suite = read(ROOT / "recipes/bench/anisotropic.toml")
