@@ -115,12 +115,12 @@ def cosines(gram, on, out, force, samples, size, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def _listed(index, gate, key, k, here, drawn, capacity, first, last):
-    """(feature, whether it is on and of [first, last), key) of entries `k` of a row."""
+def _entry(index, gate, k, here, capacity, first, last):
+    """(feature, whether it is on and of [first, last)) of entries `k` of a row."""
     inside = k < capacity
     f = tl.load(index + here + k, mask=inside, other=0)
     on = inside & (tl.load(gate + here + k, mask=inside, other=0.0) > 0) & (f >= first) & (f < last)
-    return f, on, tl.load(key + drawn + k, mask=inside, other=0.0)
+    return f, on
 
 
 @triton.jit
@@ -134,16 +134,18 @@ def pick(
     Out of [R, keep]: the feature (0 where nothing is left), the same with the width there, and 1 or 0 twice.
     """
     r = tl.program_id(0).to(tl.int64)
-    here, drawn = tl.load(sample + r) * capacity, r * capacity
+    here = tl.load(sample + r) * capacity
     k = tl.arange(0, BLOCK_K)
-    f, on, mine = _listed(index, gate, key, k, here, drawn, capacity, first, last)
+    f, on = _entry(index, gate, k, here, capacity, first, last)
     rank = tl.zeros([BLOCK_K], dtype=tl.int32)
     # Padding lies behind all entries: most of a list is that.
     for start in range(0, tl.sum(((k < capacity) & (f < width)).to(tl.int32), axis=0), CHUNK):
         j = start + tl.arange(0, CHUNK)
-        _, other_on, other = _listed(index, gate, key, j, here, drawn, capacity, first, last)
+        _, other_on = _entry(index, gate, j, here, capacity, first, last)
         is_before = j[None, :] < k[:, None]
-        if KEYED:
+        if KEYED:  # without, `key` may be shorter than what would be read
+            mine = tl.load(key + r * capacity + k, mask=k < capacity, other=0.0)
+            other = tl.load(key + r * capacity + j, mask=j < capacity, other=0.0)
             tied = (other[None, :] == mine[:, None]) & is_before
             is_before = (other[None, :] > mine[:, None]) | tied
         rank += tl.sum((is_before & other_on[None, :]).to(tl.int32), axis=1)

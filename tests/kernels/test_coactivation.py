@@ -83,12 +83,12 @@ def test_what_is_picked_is_on_of_the_range_and_a_uniform_subset_where_there_is_m
     count_B[:2] = torch.tensor([0, capacity])
     index_BK[torch.arange(capacity) >= count_B[:, None]] = width
     gate_BK = ((torch.rand(rows, capacity, generator=draw) < 0.8) & (index_BK < width)).float()
-    sample_R = torch.tensor([1, 3, 3, 0, 10])
+    sample_R = torch.tensor([1, 3, 3, 0, 10] * 3)  # more than there are rows
     keys = torch.Generator(DEVICE).manual_seed(7)
     pick = coactivation.picked(index_BK.to(DEVICE), gate_BK.to(DEVICE), sample_R.to(DEVICE), features, width, keys)
     keep = min(capacity, coactivation.GRAM)
-    key_RK = torch.rand((5, capacity), generator=keys.manual_seed(7), device=DEVICE).cpu()
-    assert pick.index_RS.shape == (5, keep)
+    key_RK = torch.rand((15, capacity), generator=keys.manual_seed(7), device=DEVICE).cpu()
+    assert pick.index_RS.shape == (15, keep)
     for r, row in enumerate(sample_R.tolist()):
         is_on_K = (gate_BK[row] > 0) & (index_BK[row] >= features[0]) & (index_BK[row] < features[1])
         wanted_N = index_BK[row][is_on_K]

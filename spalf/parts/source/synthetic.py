@@ -171,7 +171,7 @@ class World:
         row_E, feature_E = on_BN.nonzero(as_tuple=True)
         noise_E = torch.randn(len(row_E), generator=draw, device=device)
         code_E = (self.mean_N[feature_E] + options.spread * noise_E).relu() * self.scale_N[feature_E]
-        # What fires is a few in a thousand: a dense product over N would be most of the drawing.
+        # What fires is a few in a thousand: no product over all of N.
         first_B = torch.searchsorted(row_E, torch.arange(rows, device=device))
         x_BD = torch.nn.functional.embedding_bag(
             feature_E, self.directions_ND, first_B, mode="sum", per_sample_weights=code_E
