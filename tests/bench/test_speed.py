@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -93,6 +94,19 @@ def test_a_row_says_what_was_done() -> None:
     assert row["ms_p10"] <= row["ms"] <= row["ms_p90"]
     assert row["per_second"] == pytest.approx(1e3 * SMALL.batch / row["ms"])
     assert not attempt(lambda: Fake(still=True), SMALL, activations(SMALL))["moved"]
+
+
+def test_the_collector_does_not_run_while_a_step_is_timed() -> None:
+    was_on: list[bool] = []
+
+    class Watched(Fake):
+        def step(self, x_BD: Tensor) -> Tensor:
+            was_on.append(gc.isenabled())
+            return super().step(x_BD)
+
+    attempt(Watched, SMALL, activations(SMALL))
+    assert was_on == [True] * SMALL.warmup + [False] * 2 * SMALL.steps
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize(

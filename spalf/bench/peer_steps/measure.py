@@ -9,7 +9,8 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -144,8 +145,9 @@ def measure(make: Callable[[], Subject], task: Task, batches: Sequence[Tensor]) 
     for _ in range(task.warmup):
         step()
     memory = _state(clock, base)
-    times = [clock.time(step) for _ in range(task.steps)]
-    streaming, host = clock.stream(step, task.steps)
+    with _uncollected():
+        times = [clock.time(step) for _ in range(task.steps)]
+        streaming, host = clock.stream(step, task.steps)
     row: dict[str, Any] = {"status": "ok", "version": subject.version, "note": subject.note}
     row.update(_figures(times, clock.cuda, task))
     row.update(ms_streaming=streaming, ms_host=host, **_peak(clock, base, memory))
@@ -200,6 +202,19 @@ def _probe(parameters: Iterable[Tensor]) -> Callable[[], bool]:
 
     before = sample().clone()
     return lambda: bool((sample() != before).any())
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector, as `timeit` does: when it runs depends on what the process did before."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _freed(clock: Clock) -> int:
