@@ -1,8 +1,8 @@
 """Steps as CUDA graphs: the host records a step's launches once, and later steps of its kind replay them.
 
 A training step launches hundreds of small kernels, and launching them takes longer than running them. A step can be
-recorded when every part that it uses says that it is `capturable` and nothing is logged; one with a tick of the
-controllers is another graph than one without. All other steps run as they always do, on the same tensors.
+recorded when every part that it uses says that it is `capturable`; one with a tick of the controllers is another graph
+than one without, and so is one whose numbers are logged. All other steps run as they always do, on the same tensors.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Replay:
 
     A step's kind is its phase, its batch's shape and what the kernels' lists depend on; where that changes, steps
     are recorded anew. The first one of a kind runs as it is: it compiles what has to be compiled. Within a kind there
-    is a graph per `variant`, such as steps with a tick and steps without; they share their memory.
+    is a graph per `variant`, such as steps with a tick and steps that are logged; they share their memory.
     """
 
     _kind: Hashable = None

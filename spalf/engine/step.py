@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from attrs import frozen
@@ -222,8 +223,8 @@ def primal_dual_step(
     state.learner.set_rates(state.clock, rate)
     kind = _kind(plan, state, batch, terms, constraints, hold)
     replay = state.sae.machine.replay
-    ticks = state.clock.due(plan.recipe.filter.every)
-    return _enter(plan, state, body(batch) if kind is None else replay.step(kind, ticks, state, batch, body))
+    variant = state.clock.due(plan.recipe.filter.every), state.clock.due(plan.recipe.record.log_every)
+    return _enter(plan, state, body(batch) if kind is None else replay.step(kind, variant, state, batch, body))
 
 
 def _kind(
@@ -236,7 +237,7 @@ def _kind(
 ) -> Hashable:
     """What the launches of this step depend on; None where they cannot be recorded."""
     lists, clock = state.sae.machine.ops.kind(state.sae), state.clock
-    if lists is None or batch.truth_BN is not None or clock.due(plan.recipe.record.log_every):
+    if lists is None or batch.truth_BN is not None:
         return None
     if not is_capturable(plan, terms, constraints, clock.due(plan.recipe.filter.every)):
         return None
@@ -280,8 +281,16 @@ def _logged(plan: Plan, state: TrainingState, forward: Forward, silent_F: Tensor
         numbers[f"r2_{space}"] = 1 - e_BD.square().sum(-1).mean() / state.metric.variance(space)
     numbers["gain"] = state.sae.log_gain.detach().exp()
     numbers["dead"] = (silent_F > dead_window(plan)).float().mean()
-    numbers["lr"] = torch.tensor(float(state.learner.optimizer.param_groups[0]["lr"]))
+    lr = state.learner.optimizer.param_groups[0]["lr"]
+    # On the device it is one tensor for all steps, which the next one writes over.
+    numbers["lr"] = lr.detach().float().clone() if isinstance(lr, Tensor) else torch.tensor(float(lr))
     return {**numbers, **_spread(state)}
+
+
+@cache
+def _spread_at(device: torch.device) -> Tensor:
+    """SPREAD as shares; made once, for while a step is recorded nothing may come from the host."""
+    return torch.tensor([p / 100 for p in SPREAD], device=device)
 
 
 def _spread(state: TrainingState) -> dict[str, Tensor]:
@@ -291,7 +300,7 @@ def _spread(state: TrainingState) -> dict[str, Tensor]:
     held = {} if activator.k else {"threshold": theta_F}
     if window_F is not None:
         held["bandwidth"] = window_F
-    at = torch.tensor([p / 100 for p in SPREAD], device=theta_F.device)
+    at = _spread_at(theta_F.device)
     return {
         f"{name}.p{p:02}": q
         for name, value_F in held.items()

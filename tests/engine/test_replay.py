@@ -120,9 +120,10 @@ def test_recorded_steps_give_the_numbers_of_unrecorded_ones(monkeypatch: pytest.
     """Through ticks of the controllers, at a rate at which everything moves."""
     # Wide enough that the lists stay short beside it: dense products are not recorded.
     task = ours.Task(d=128, width=32768, l0=20, batch=512, device="cuda", precision="bf16")
-    variant = ours.Variant(kernel="triton", sets=("constraint.orthogonality.sample=64", "filter.every=10"))
+    sets = ("constraint.orthogonality.sample=64", "filter.every=10", "record.log_every=20")
+    variant = ours.Variant(kernel="triton", sets=sets)
 
-    def trained(recorded: bool) -> tuple[list[float], dict[str, Any], int]:
+    def trained(recorded: bool) -> tuple[list[dict[str, float]], dict[str, Any], int]:
         replayed = []
         call = replay._Recorded.__call__
 
@@ -137,14 +138,20 @@ def test_recorded_steps_give_the_numbers_of_unrecorded_ones(monkeypatch: pytest.
             patch.setattr(replay._Recorded, "__call__", counted)
             if not recorded:
                 patch.setattr(Replay, "step", lambda self, kind, variant, state, batch, body: body(batch))
-            losses = [made.step() for _ in range(100)]
-        return [float(loss) for loss in losses], tree.flatten(made.state.control), len(replayed)
+            readings = [made.phase.step(made.plan, made.state) for _ in range(100)]
+        numbers = [{name: float(value) for name, value in r.values.items()} for r in readings]
+        return numbers, tree.flatten(made.state.control), len(replayed)
 
     found, control, replays = trained(recorded=True)
     plain, other, none = trained(recorded=False)
+    # Once each: plain steps, ticks, and ticks that are logged; once more after each time that the lists grow.
     assert replays > 60
     assert none == 0
     # Sums by atomics end in other last bits in every run.
-    assert found == pytest.approx(plain, rel=1e-2)
+    assert [one["loss"] for one in found] == pytest.approx([one["loss"] for one in plain], rel=1e-2)
+    for mine, other_numbers in zip(found, plain, strict=True):
+        assert mine == pytest.approx(other_numbers, rel=3e-2, abs=1e-3)
+    assert [step for step, one in enumerate(found, 1) if "lr" in one] == [20, 40, 60, 80, 100]
+    assert {"r2_raw", "gain", "dead", "threshold.p50", "bandwidth.p95"} <= set(found[-1])
     for name, leaf in control.items():
         torch.testing.assert_close(leaf, other[name], rtol=1e-2, atol=1e-3)
