@@ -58,6 +58,20 @@ def test_steps_are_rounded_up_to_whole_blocks(steps: int, batch: int, block: int
     assert -batch < whole * block - count * batch < batch or batch > block
 
 
+def test_steps_alone_are_timed_behind_as_many(sets: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harvest, "WARMUP", 1)
+    calls: list[tuple[str, int]] = []
+    timed = harvest.timed
+
+    def told(kind: str, act: Any, steps: int, batch: int, device: torch.device, warmup: int = 1) -> harvest.Timing:
+        calls.append((kind, warmup))
+        return timed(kind, act, steps, batch, device, warmup)
+
+    monkeypatch.setattr(harvest, "timed", told)
+    assert harvest.report(str(RECIPE), sets, device="cpu", steps=1).state.clock.step == 2 * 4 + 1 + 4
+    assert calls == [("harvest", 1), ("steps", 4), ("both", 1)]
+
+
 def test_resident_batches_come_round_and_the_rest_is_the_streams(sets: list[str]) -> None:
     stream = harvest.planned(str(RECIPE), sets).recipe.source.open(0, CPU)
     resident = harvest.Resident(stream, 8)

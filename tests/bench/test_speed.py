@@ -266,6 +266,14 @@ def test_documents_of_one_machine_are_joined() -> None:
     assert {r["name"]: r["ms"] for r in joined["shapes"][0]["rows"]} == {"a": 1.0, "b": 3.0}
     assert joined["commands"] == ["spalf bench speed"] * 2
     other = document(measured("a", 1.0))
+    for held, recipe, share in ((first, "plain", 0.1), (second, "whole", 0.2)):
+        rows = [{"name": "objective alone", "status": "ok", "share": share, "ms": 5.0, "l0": 64.0}]
+        held["shapes"][0].update(recipe=recipe, share={"kernel": "triton", "rows": rows})
+    [joined] = run.merged([first, second])
+    told = {t.what: t.measured for t in figures.targets(joined)}
+    for recipe, share in (("plain", "10.0 %"), ("whole", "20.0 %")):
+        assert told[f"constraints, filters and controllers at L0 64 ({recipe})"] == share
+        assert f"What the constraints cost (`{recipe} triton`)" in page.page([joined])
     other["machine"] = {**other["machine"], "commit": "def"}
     assert len(run.merged([first, other])) == 2
 

@@ -127,26 +127,37 @@ def _faster(rows: Sequence[Document], own: Document, wanted: dict[str, float]) -
             yield _times(f"against {name}", cost(peer) / cost(own), times)
 
 
+def apart(table: Document) -> list[Document]:
+    """What was measured of one recipe's step: {recipe, share, waits, profile}, of each recipe of a shape."""
+    of_one = {name: table[name] for name in ("share", "waits", "profile") if name in table}
+    return table.get("apart") or ([{"recipe": table.get("recipe", ""), **of_one}] if of_one else [])
+
+
 def _constraints(document: Document) -> Iterator[Target]:
     for table in document["shapes"]:
-        where = f"at L0 {table['shape']['l0']}"
-        alone = next((r for r in table.get("share", {}).get("rows", ()) if r["name"] == "objective alone"), None)
-        if alone is not None and ok(alone):
-            yield Target(
-                what=f"constraints, filters and controllers {where}",
-                wanted="<= 12 % of a step",
-                measured=f"{100 * alone['share']:.1f} %",
-                met=alone["share"] <= 0.12,
-            )
-        places = table.get("waits", {}).get("places")
-        if places is not None:
-            steps = table["waits"]["steps"]
-            yield Target(
-                what=f"waits for the device {where}",
-                wanted="none in a step",
-                measured=f"{sum(places.values())} in {steps} steps",
-                met=not places,
-            )
+        parts = apart(table)
+        for part in parts:
+            said = f" ({part['recipe']})" if len(parts) > 1 else ""
+            yield from _of_one(part, f"at L0 {table['shape']['l0']}{said}")
+
+
+def _of_one(part: Document, where: str) -> Iterator[Target]:
+    alone = next((r for r in part.get("share", {}).get("rows", ()) if r["name"] == "objective alone"), None)
+    if alone is not None and ok(alone):
+        yield Target(
+            what=f"constraints, filters and controllers {where}",
+            wanted="<= 12 % of a step",
+            measured=f"{100 * alone['share']:.1f} %",
+            met=alone["share"] <= 0.12,
+        )
+    places = part.get("waits", {}).get("places")
+    if places is not None:
+        yield Target(
+            what=f"waits for the device {where}",
+            wanted="none in a step",
+            measured=f"{sum(places.values())} in {part['waits']['steps']} steps",
+            met=not places,
+        )
 
 
 def _scaling(document: Document) -> Iterator[Target]:

@@ -86,13 +86,20 @@ def _shape(table: Document) -> Iterator[str]:
     if "ceilings" in table:
         yield "Ceilings, measured in the same run:\n"
         yield markdown(*tables.ceilings(table["ceilings"]))
-    if "share" in table:
-        yield f"What the constraints cost (`{table['share']['kernel']}`):\n"
-        yield markdown(*tables.shares(table["share"]["rows"]))
-    if "waits" in table:
-        yield _waits(table["waits"])
-    if "profile" in table:
-        yield from _profile(table["profile"])
+    parts = figures.apart(table)
+    for part in parts:
+        yield from _of_one(part, f"{part['recipe']} " if len(parts) > 1 else "")
+
+
+def _of_one(part: Document, recipe: str) -> Iterator[str]:
+    """What is measured of one recipe's step alone."""
+    if "share" in part:
+        yield f"What the constraints cost (`{recipe}{part['share']['kernel']}`):\n"
+        yield markdown(*tables.shares(part["share"]["rows"]))
+    if "waits" in part:
+        yield _waits(part["waits"])
+    if "profile" in part:
+        yield from _profile(part["profile"])
 
 
 def _waits(waits: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import torch
 from attrs import frozen
 
 from spalf.bench.peer_steps.measure import Task
-from spalf.bench.speed import floors, machine, ours, peers, scaling, start
+from spalf.bench.speed import figures, floors, machine, ours, peers, scaling, start
 from spalf.bench.speed.breakdown import breakdown
 from spalf.bench.speed.ceilings import ceilings, rates
 from spalf.bench.speed.ours import Variant
@@ -191,12 +191,14 @@ def merged(documents: Iterable[Document]) -> list[Document]:
 
 
 def _by_shape(tables: list[Document]) -> list[Document]:
-    """One table per shape: what a later one has replaces what an earlier one had; rows by name."""
+    """One table per shape: what a later one has replaces what an earlier one had; rows by name, `apart` by recipe."""
     out: dict[tuple[Any, ...], Document] = {}
     for table in tables:
         key = tuple(table["shape"].values())
         held = out.setdefault(key, {})
         rows = {row["name"]: row for row in (*held.get("rows", ()), *table["rows"])}
         recipes = dict.fromkeys(name for t in (held, table) if "recipe" in t for name in t["recipe"].split(", "))
-        out[key] = {**held, **table, "recipe": ", ".join(recipes), "rows": list(rows.values())}
+        apart = {part["recipe"]: part for t in (held, table) for part in figures.apart(t)}
+        both = {"recipe": ", ".join(recipes), "rows": list(rows.values()), "apart": list(apart.values())}
+        out[key] = {**held, **table, **both}
     return list(out.values())
