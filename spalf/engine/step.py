@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from attrs import frozen
@@ -14,14 +13,13 @@ from spalf.core import tree
 from spalf.core.built import Autoencoder
 from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
-from spalf.core.values import Batch, Forward, Raw, Reading, Signal, View, Violations, White
+from spalf.core.values import Batch, Forward, Raw, Reading, Signal, View, Violations
 from spalf.engine import control
+from spalf.engine.logged import logged
 from spalf.engine.replay import Outcome, is_capturable
 from spalf.errors import DeadConstraintError
 
 DEAD_AFTER = 10_000_000
-SPREAD = (5, 50, 95)
-"""Percentiles over features in which thresholds and bandwidths are logged."""
 
 
 def dead_window(plan: Plan) -> int:
@@ -175,7 +173,7 @@ def outcome(plan: Plan, state: TrainingState, seen: Assessment, loss: Tensor, ho
     numbers = {"loss": loss.detach(), "l0": code.l0_B().detach().mean()}
     numbers.update({f"term.{k}": v.detach() for k, v in seen.measures.terms.items()})
     if state.clock.due(recipe.record.log_every):
-        numbers.update(_logged(plan, state, seen.forward, silent_F))
+        numbers.update(logged(state, seen.forward, silent_F, dead_window(plan)))
     return Outcome(control=moved, silent_F=silent_F, signal=signal, lam_M=moved.lam_M, numbers=numbers)
 
 
@@ -270,39 +268,3 @@ def _first_look(plan: Plan, state: TrainingState, entering: Collection[str]) -> 
             budget_M[i] = plan.recipe.constraint[name].budget(view).detach()
             g_M[i] = measured[name] / budget_M[i] - 1.0
     return budget_M, g_M
-
-
-@torch.no_grad()
-def _logged(plan: Plan, state: TrainingState, forward: Forward, silent_F: Tensor) -> dict[str, Tensor]:
-    """What only a logged line holds: two more products, a dead count and two sorts of F numbers."""
-    numbers = {}
-    error_BD = White(forward.white_BD - forward.white_hat_BD).detach()
-    for space, e_BD in (("raw", state.metric.raw_direction(White(error_BD))), ("white", error_BD)):
-        numbers[f"r2_{space}"] = 1 - e_BD.square().sum(-1).mean() / state.metric.variance(space)
-    numbers["gain"] = state.sae.log_gain.detach().exp()
-    numbers["dead"] = (silent_F > dead_window(plan)).float().mean()
-    lr = state.learner.optimizer.param_groups[0]["lr"]
-    # On the device it is one tensor for all steps, which the next one writes over.
-    numbers["lr"] = lr.detach().float().clone() if isinstance(lr, Tensor) else torch.tensor(float(lr))
-    return {**numbers, **_spread(state)}
-
-
-@cache
-def _spread_at(device: torch.device) -> Tensor:
-    """SPREAD as shares; made once, for while a step is recorded nothing may come from the host."""
-    return torch.tensor([p / 100 for p in SPREAD], device=device)
-
-
-def _spread(state: TrainingState) -> dict[str, Tensor]:
-    """Quantiles over features of the thresholds, and of the windows around them where an activation has windows."""
-    activator = state.sae.activator
-    theta_F, window_F = activator.threshold_F(), getattr(activator, "bandwidth_F", None)
-    held = {} if activator.k else {"threshold": theta_F}
-    if window_F is not None:
-        held["bandwidth"] = window_F
-    at = _spread_at(theta_F.device)
-    return {
-        f"{name}.p{p:02}": q
-        for name, value_F in held.items()
-        for p, q in zip(SPREAD, torch.quantile(value_F.float(), at), strict=True)
-    }

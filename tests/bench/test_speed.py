@@ -273,7 +273,7 @@ def test_documents_of_one_machine_are_joined() -> None:
     told = {t.what: t.measured for t in figures.targets(joined)}
     for recipe, share in (("plain", "10.0 %"), ("whole", "20.0 %")):
         assert told[f"constraints, filters and controllers at L0 64 ({recipe})"] == share
-        assert f"What the constraints cost (`{recipe} triton`)" in page.page([joined])
+        assert f"What the constraints cost (`{recipe}`, `triton`)" in page.page([joined])
     other["machine"] = {**other["machine"], "commit": "def"}
     assert len(run.merged([first, other])) == 2
 

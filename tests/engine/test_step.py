@@ -18,7 +18,7 @@ from spalf.core.mesh import Mesh
 from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
 from spalf.core.values import Raw, View
-from spalf.engine import step
+from spalf.engine import logged, step
 from spalf.engine.build import build
 from spalf.errors import DeadConstraintError
 from spalf.testing import toy_plan
@@ -245,7 +245,7 @@ def test_a_reading_is_plain_numbers(ready: tuple[Plan, TrainingState]) -> None:
     readings = [step.primal_dual_step(plan, state, TERMS, BOTH)[0] for _ in range(10)]
     short, long = (json.loads(json.dumps(r.scalars())) for r in (readings[0], readings[9]))
     assert set(short) == {"step", "phase", "loss", "l0", "term.l0", "constraints"}
-    spread = {f"{name}.p{p:02}" for name in ("threshold", "bandwidth") for p in step.SPREAD}
+    spread = {f"{name}.p{p:02}" for name in ("threshold", "bandwidth") for p in logged.SPREAD}
     more = {"r2_raw", "r2_white", "gain", "dead", "lr"} | spread
     assert set(long) - set(short) == more, "more only where a line is logged"
     assert 0 < long["threshold.p05"] < long["threshold.p50"] < long["threshold.p95"]

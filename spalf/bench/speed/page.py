@@ -88,13 +88,13 @@ def _shape(table: Document) -> Iterator[str]:
         yield markdown(*tables.ceilings(table["ceilings"]))
     parts = figures.apart(table)
     for part in parts:
-        yield from _of_one(part, f"{part['recipe']} " if len(parts) > 1 else "")
+        yield from _of_one(part, f"`{part['recipe']}`, " if len(parts) > 1 else "")
 
 
 def _of_one(part: Document, recipe: str) -> Iterator[str]:
     """What is measured of one recipe's step alone."""
     if "share" in part:
-        yield f"What the constraints cost (`{recipe}{part['share']['kernel']}`):\n"
+        yield f"What the constraints cost ({recipe}`{part['share']['kernel']}`):\n"
         yield markdown(*tables.shares(part["share"]["rows"]))
     if "waits" in part:
         yield _waits(part["waits"])
