@@ -6,7 +6,8 @@ state: a frozen attrs record of tensors, opaque to everybody else.
 An activation, filter, dual, penalty, lagrangian, optimizer, term or constraint may have `capturable` = True: on CUDA
 its work is the same launches on the same tensors in every step, it waits for nothing, and no number that it takes from
 Python (the clock) changes from step to step. A step of such parts alone is recorded once as a CUDA graph and replayed;
-an optimizer reads its rate from a tensor then, as torch's own with `capturable` do.
+an optimizer reads its rate from a tensor then, as torch's own with `capturable` do. A logged step reads an activation's
+thresholds and bandwidths too, and is recorded as the others are.
 """
 
 from __future__ import annotations
