@@ -42,5 +42,5 @@ docs: $(STAMP)
 	@.venv/bin/python docs/build.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv.lock .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info plugins/*/*.egg-info
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info plugins/*/*.egg-info
 	find spalf plugins tests docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

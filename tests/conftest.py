@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from hypothesis.configuration import set_hypothesis_home_dir
 
 HAS_CUDA = torch.cuda.is_available()
 # Triton reads this once, when it is imported (which `import torch` does not do yet): set later, `tl.sum` fails.
@@ -21,6 +22,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 # The same examples on every machine and every day; first calls into torch are slow, so no deadline.
 settings.register_profile("spalf", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("spalf")
+set_hypothesis_home_dir(Path(__file__).parents[1] / ".pytest_cache" / "hypothesis")  # not at the top level
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -111,10 +111,11 @@ def _parts(document: dict[str, Any]) -> Iterator[RenderableType]:
             yield _table(tables.floors(table["floors"], figures.best(table["rows"], ours=True)), "\nfloors, calculated")
         if "ceilings" in table:
             yield _table(tables.ceilings(table["ceilings"]), "\nceilings, measured")
-        if "share" in table:
-            yield _table(tables.shares(table["share"]["rows"]), "\nwhat the constraints cost")
-        if table.get("profile", {}).get("status") == "ok":
-            yield _table(tables.profile(table["profile"]["rows"]), "\nprofile")
+        for part in figures.apart(table):
+            if "share" in part:
+                yield _table(tables.shares(part["share"]["rows"]), f"\nwhat the constraints of {part['recipe']} cost")
+            if part.get("profile", {}).get("status") == "ok":
+                yield _table(tables.profile(part["profile"]["rows"]), f"\nprofile of {part['recipe']}")
     if document["scaling"]:
         yield _table(tables.scaling(document["scaling"]), "\nscaling")
     if "start" in document:

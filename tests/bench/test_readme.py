@@ -151,7 +151,9 @@ def test_planted_features() -> None:
     means = {(row.method.name, row.setting): (row.mean("mcc"), row.mean("f1")) for row in every}
     mine, raw, theirs = ([means[name, k] for k in (15, 25, 35, 45)] for name in ("white", "ours", "topk_saelens"))
     assert "MCC {:.3f}, {:.3f}, {:.3f} and {:.3f} at L0 15, 25, 35 and 45".format(*(one[0] for one in mine)) in said
-    assert "(SAELens' TopK: {:.3f}, {:.3f}, {:.3f} and {:.3f})".format(*(one[0] for one in theirs)) in said
+    assert "(SAELens' TopK: {:.3f}, {:.3f}, {:.3f} and {:.3f};".format(*(one[0] for one in theirs)) in said
+    assert f"trained at 25 only: {means['whitened_saelens', 25][0]:.3f})" in said
+    assert means["white", 25][1] < means["whitened_saelens", 25][1]  # type: ignore[operator]
     assert [a[1] > b[1] for a, b in zip(mine, theirs, strict=True)] == [True, False, False, False]  # type: ignore[operator]
     assert [a[0] > b[0] for a, b in zip(raw, theirs, strict=True)] == [False, False, False, True]  # type: ignore[operator]
 

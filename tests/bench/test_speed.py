@@ -269,8 +269,11 @@ def test_documents_of_one_machine_are_joined() -> None:
     for held, recipe, share in ((first, "plain", 0.1), (second, "whole", 0.2)):
         rows = [{"name": "objective alone", "status": "ok", "share": share, "ms": 5.0, "l0": 64.0}]
         held["shapes"][0].update(recipe=recipe, share={"kernel": "triton", "rows": rows})
-    [joined] = run.merged([first, second])
+    later = document()  # of a recipe that is there: what it has is added
+    later["shapes"][0].update(recipe="plain", waits={"steps": 40, "places": {}})
+    [joined] = run.merged([first, second, later])
     told = {t.what: t.measured for t in figures.targets(joined)}
+    assert told["waits for the device at L0 64 (plain)"] == "0 in 40 steps"
     for recipe, share in (("plain", "10.0 %"), ("whole", "20.0 %")):
         assert told[f"constraints, filters and controllers at L0 64 ({recipe})"] == share
         assert f"What the constraints cost (`{recipe}`, `triton`)" in page.page([joined])

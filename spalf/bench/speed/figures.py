@@ -127,9 +127,13 @@ def _faster(rows: Sequence[Document], own: Document, wanted: dict[str, float]) -
             yield _times(f"against {name}", cost(peer) / cost(own), times)
 
 
+OF_ONE = ("share", "waits", "profile")
+"""What is measured of one recipe's step alone; other recipes of a shape have their own."""
+
+
 def apart(table: Document) -> list[Document]:
-    """What was measured of one recipe's step: {recipe, share, waits, profile}, of each recipe of a shape."""
-    of_one = {name: table[name] for name in ("share", "waits", "profile") if name in table}
+    """{recipe, and of OF_ONE what was measured} of each recipe of a shape, from a table as measured or as joined."""
+    of_one = {name: table[name] for name in OF_ONE if name in table}
     return table.get("apart") or ([{"recipe": table.get("recipe", ""), **of_one}] if of_one else [])
 
 

@@ -198,7 +198,9 @@ def _by_shape(tables: list[Document]) -> list[Document]:
         held = out.setdefault(key, {})
         rows = {row["name"]: row for row in (*held.get("rows", ()), *table["rows"])}
         recipes = dict.fromkeys(name for t in (held, table) if "recipe" in t for name in t["recipe"].split(", "))
-        apart = {part["recipe"]: part for t in (held, table) for part in figures.apart(t)}
+        apart: dict[str, Document] = {}
+        for part in (*figures.apart(held), *figures.apart(table)):
+            apart[part["recipe"]] = {**apart.get(part["recipe"], {}), **part}
         both = {"recipe": ", ".join(recipes), "rows": list(rows.values()), "apart": list(apart.values())}
-        out[key] = {**held, **table, **both}
+        out[key] = {k: v for k, v in {**held, **table, **both}.items() if k not in figures.OF_ONE}
     return list(out.values())
