@@ -68,7 +68,7 @@ class StratifiedAutoencoder(nn.Module):
         """z <- [z + s <e A, w> / gain]+ where a feature is on, with e the error that z leaves and s a step per feature.
 
         A descent step of e A e', on the support that the encoder has chosen: what co-active rows count twice is taken
-        off. A is the form by which errors count in model space (`measure_by`); the identity without one.
+        off. A is the form by which errors count: that of model space (`measure_by`), or another one (`weigh_by`).
         """
         step_F = self.activator.refinement_F() if self._refines else None
         if step_F is None:
@@ -89,7 +89,12 @@ class StratifiedAutoencoder(nn.Module):
         if self._refines:
             unit_DD = torch.eye(self.form_DD.shape[0]).to(self.form_DD)
             form_DD = metric.raw_direction(White(metric.raw_direction(White(unit_DD))))
-            self.form_DD.copy_(form_DD / form_DD.diagonal().mean())
+            self.weigh_by(form_DD / form_DD.diagonal().mean())
+
+    @torch.no_grad()
+    def weigh_by(self, form_DD: Tensor) -> None:
+        """Take a form [D, D], symmetric and positive, in place of the metric's: by it errors count from now on."""
+        self.form_DD.copy_(form_DD)
 
     def decode(self, code: Code) -> White:
         """Whitened reconstruction [B, D]."""

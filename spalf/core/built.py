@@ -175,6 +175,8 @@ class Autoencoder(Protocol):
     b_enc_F: nn.Parameter
     b_dec_D: nn.Parameter
     log_gain: nn.Parameter
+    form_DD: Tensor
+    """By which errors are weighed, e A e'; only where codes are refined."""
     width: int
     machine: Machine
 
@@ -198,6 +200,10 @@ class Autoencoder(Protocol):
 
     def measure_by(self, metric: Metric) -> None:
         """Take over by what form errors count in model space."""
+        ...
+
+    def weigh_by(self, form_DD: Tensor) -> None:
+        """Take another form for it, [D, D], where codes are refined."""
         ...
 
     def train(self, mode: bool = True) -> Any:

@@ -37,7 +37,7 @@ def test_conforms(check: Callable[[], None]) -> None:
 
 
 def test_all_are_here() -> None:
-    assert {label(cls).use for cls in PHASES} == {"calibrate", "constrained", "resampling"}
+    assert {label(cls).use for cls in PHASES} == {"calibrate", "constrained", "resampling", "reweigh"}
 
 
 # --------------------------------------------------------------------------------------------------------- calibrate

@@ -11,9 +11,10 @@ from attrs.validators import deep_iterable, gt, in_
 from torch import Tensor
 
 from spalf.core.recipe import Derived, Plan
-from spalf.core.slots import term
+from spalf.core.slots import label, term
 from spalf.core.values import View, White
 from spalf.errors import Problem, RecipeError
+from spalf.kernels.squares import quadratic_form
 from spalf.parts.term.common import decoded, gate_pre, mean_square, needs_gate
 
 
@@ -39,6 +40,7 @@ class Mse:
 class RelativeMse:
     """weight times the unexplained share of variance, mean_b ||x - x_hat||^2 over a total variance, both in `space`.
 
+    "residual" is what a phase `reweigh` has measured: whitened errors weighed by the inverse of their covariance then.
     `over` "data" divides by the calibrated variance (tr S in "raw"), a constant; "batch" by that of the batch itself.
     """
 
@@ -46,19 +48,31 @@ class RelativeMse:
     dense: ClassVar[bool] = False
     capturable: ClassVar[bool] = True
     weight: float = field(default=1.0, validator=gt(0.0))
-    space: str = field(default="raw", validator=in_(("raw", "white")))
+    space: str = field(default="raw", validator=in_(("raw", "white", "residual")))
     over: str = field(default="data", validator=in_(("data", "batch")))
+
+    def settle(self, plan: Plan) -> RelativeMse:
+        """Raises RecipeError where errors are to be weighed by what no phase measures."""
+        phases = (plan.recipe.phase[name] for name in plan.recipe.phases)
+        if self.space == "residual" and not any(label(type(one)).use == "reweigh" for one in phases):
+            message = 'is "residual", and no phase measures that'
+            hint = 'put a phase with use = "reweigh" into `phases` before this term\'s, or use "raw" or "white"'
+            raise RecipeError([Problem("space", message, hint)])
+        return self
 
     def value(self, view: View) -> Tensor:
         forward = view.forward
         error = self._mean_square(view, White(forward.white_hat_BD - forward.white_BD))
         if self.over == "data":
-            total = view.metric.variance(self.space).detach()
+            # The form of the errors is scaled to the data's variance in whitened coordinates.
+            total = view.metric.variance("raw" if self.space == "raw" else "white").detach()
         else:
             total = self._mean_square(view, White(forward.white_BD - forward.white_BD.mean(0)))
         return self.weight * error / total.clamp(min=torch.finfo(total.dtype).tiny)
 
     def _mean_square(self, view: View, v_BD: White) -> Tensor:
+        if self.space == "residual":
+            return quadratic_form(v_BD, view.sae.form_DD) / v_BD.shape[0]
         return view.metric.raw_square(v_BD) / v_BD.shape[0] if self.space == "raw" else mean_square(v_BD)
 
 
