@@ -78,7 +78,7 @@ class Queue:
         self._lines = results.read(visit.out)
         self._due = self._expanded()
         self._machine, self._commit = results.machine(visit.device), results.commit()
-        self._places = places(visit.device)
+        self._places = places(visit.device, visit.jobs)
 
     def run(self) -> Outcome:
         """Work until nothing is left to start, or the minutes are over. A directory has one queue at a time."""

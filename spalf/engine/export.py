@@ -50,7 +50,8 @@ def fold(metric: Metric, sae: Autoencoder, dtype: torch.dtype = torch.float64) -
     dictionary becomes one of this form: its gate is a threshold on what its magnitude is affine in.
     Refined codes add `step` [F]: each open z becomes [z + step <x - x_hat, d>]+ with its unit row d, once. It is left
     out where every step is 0.
-    Raises CheckpointError for signed codes, and for refined ones that are not selected by thresholds from 0 on.
+    Raises CheckpointError for signed codes, for refined ones that are not selected by thresholds from 0 on, and for
+    those that are refined by other weights than model space's.
     """
     if sae.activator.signed:
         raise CheckpointError("not exported: codes of this activation have both signs, and the format has z >= 0")
@@ -105,7 +106,19 @@ def _step(metric: Metric, sae: Autoencoder) -> Tensor | None:
             "not exported: refined codes are written where thresholds from 0 on select them, not of an activation "
             "that keeps k, scales or lets negative ones through (train with activation.refine = false)"
         )
+    if not _is_of(metric, sae.form_DD.double()):
+        raise CheckpointError(
+            "not exported: codes are refined by the weights that a phase `reweigh` has measured, one for each pair of "
+            "dimensions, and the format has one number per feature (train without that phase)"
+        )
     return step_F.double() / (sae.log_gain.double().exp().square() * form_scale(metric))
+
+
+def _is_of(metric: Metric, form_DD: Tensor) -> bool:
+    """Whether a form of errors is the metric's own, up to the rounding of its entries to float32."""
+    unit_DD = White(torch.eye(metric.d_model, dtype=torch.float64, device=form_DD.device))
+    own_DD = metric.raw_direction(White(metric.raw_direction(unit_DD))) / form_scale(metric)
+    return bool((form_DD - own_DD).abs().amax() <= 1e-4 * own_DD.abs().amax())
 
 
 def form_scale(metric: Metric) -> Tensor:

@@ -17,6 +17,16 @@ def test_without_a_gpu_the_processor_is_named(monkeypatch: pytest.MonkeyPatch) -
     assert places("auto") == (Place(name="cpu", device="cpu"),)
 
 
+def test_jobs_beside_each_other_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leave a number of threads that somebody has chosen as it is."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    told = {each: dict(places("cpu", each)[0].environment) for each in (1, 2, 3, 9)}
+    assert told == {1: {}, 2: {"OMP_NUM_THREADS": "4"}, 3: {"OMP_NUM_THREADS": "2"}, 9: {"OMP_NUM_THREADS": "1"}}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert places("cpu", 2)[0].environment == {}
+
+
 @pytest.mark.parametrize(
     ("visible", "ids"), [("", ["0", "1", "2"]), ("4, GPU-7,2", ["4", "GPU-7", "2"]), ("0,1,2,-1,3", ["0", "1", "2"])]
 )

@@ -145,6 +145,17 @@ def test_a_refinement_after_another_selection_is_refused(name: str, value: Any, 
         fold(metric, sae)
 
 
+def test_a_refinement_by_other_weights_is_refused() -> None:
+    """One number per feature says nothing of a form that is not the metric's."""
+    sae, metric = refining(SoftZca(), sample(256))
+    own_DD = sae.form_DD.clone()
+    sae.weigh_by(own_DD + 1e-2 * own_DD.abs().amax() * torch.eye(D))
+    with pytest.raises(CheckpointError, match="phase `reweigh` has measured"):
+        fold(metric, sae)
+    sae.weigh_by(own_DD.float().double())
+    fold(metric, sae)
+
+
 def plan_and_state() -> tuple[Plan, TrainingState]:
     """As much of a run as an export reads."""
     plan = SimpleNamespace(
