@@ -13,6 +13,7 @@ from torch import Tensor
 from spalf.core.recipe import Plan
 from spalf.core.state import TrainingState
 from spalf.core.values import Raw, White
+from spalf.engine import checkpoint
 from spalf.engine.build import build
 from spalf.engine.step import look, view_of
 from spalf.errors import RecipeError
@@ -108,8 +109,6 @@ def test_the_term_is_a_share_of_the_variance_by_that_form() -> None:
 
 
 def test_a_whole_run_ends_within_its_budget_and_the_form_is_saved(tmp_path: Any) -> None:
-    from spalf.engine import checkpoint
-
     plan = plan_of()
     state = build(plan, CPU)
     for name in plan.recipe.phases:
@@ -136,3 +135,25 @@ def test_samples_follow_the_width() -> None:
     phase = plan.recipe.phase["reweigh"]
     assert isinstance(phase, Reweigh)
     assert phase.samples == 200 * 16
+
+
+def test_both_backends_go_through_it_alike(tmp_path: Any) -> None:
+    """From one checkpoint: the form reaches the lists' refinement, and the term its products, as in plain torch."""
+    small = {"budget__batch": "8", "budget__tokens": "80", "filter__every": "1", "phase__reweigh": "{ samples = 16 }"}
+    plan = plan_of(kernel='{ use = "torch" }', **small)
+    state = build(plan, CPU)
+    through(plan, state, "calibrate")
+    through(plan, state, "fit")
+    at = checkpoint.save(plan, state, tmp_path, "", {"serial": 1})
+    ended = {}
+    for kernel in ('{ use = "torch" }', '{ use = "triton", compute = "float32", replay = false }'):
+        plan = plan_of(kernel=kernel, **small)
+        state = build(plan, CPU)
+        checkpoint.load(at, plan, state)
+        through(plan, state, "reweigh")
+        through(plan, state, "rest")
+        assert state.clock.exhausted
+        ended[state.sae.machine.ops.name] = (state.sae.form_DD, state.sae.W_dec_FD.detach())
+    (form_DD, rows_FD), (other_DD, others_FD) = ended["torch"], ended["triton"]
+    assert torch.allclose(form_DD, other_DD, rtol=0, atol=1e-4 * float(form_DD.abs().max()))
+    assert torch.allclose(rows_FD, others_FD, rtol=0, atol=1e-4)
