@@ -14,6 +14,13 @@ from spalf.core.values import Code, Machine, White, per_entry
 from spalf.kernels.squares import affine
 
 
+def form_of(metric: Metric, like: Tensor) -> Tensor:
+    """A metric's form A [D, D] in the type and on the device of `like`: W^-2, scaled so that tr A = D."""
+    unit_DD = torch.eye(metric.d_model).to(like)
+    form_DD = metric.raw_direction(White(metric.raw_direction(White(unit_DD))))
+    return form_DD / form_DD.diagonal().mean()
+
+
 class StratifiedAutoencoder(nn.Module):
     """y_hat = gain * z W_dec + b_dec with z = activation(y W_enc' + b_enc), all in whitened coordinates.
 
@@ -87,9 +94,7 @@ class StratifiedAutoencoder(nn.Module):
     def measure_by(self, metric: Metric) -> None:
         """Take the metric's form: e A e' is the squared error in model space, scaled so that tr A = D."""
         if self._refines:
-            unit_DD = torch.eye(self.form_DD.shape[0]).to(self.form_DD)
-            form_DD = metric.raw_direction(White(metric.raw_direction(White(unit_DD))))
-            self.weigh_by(form_DD / form_DD.diagonal().mean())
+            self.weigh_by(form_of(metric, self.form_DD))
 
     @torch.no_grad()
     def weigh_by(self, form_DD: Tensor) -> None:

@@ -23,6 +23,7 @@ from spalf.core.state import TrainingState
 from spalf.core.values import Raw, White
 from spalf.engine.checkpoint import sync, versions
 from spalf.errors import CheckpointError
+from spalf.nn import form_of
 
 FORMAT = "spalf.dictionary.1"
 REFINED_FORMAT = "spalf.dictionary.2"
@@ -116,8 +117,7 @@ def _step(metric: Metric, sae: Autoencoder) -> Tensor | None:
 
 def _is_of(metric: Metric, form_DD: Tensor) -> bool:
     """Whether a form of errors is the metric's own, up to the rounding of its entries to float32."""
-    unit_DD = White(torch.eye(metric.d_model, dtype=torch.float64, device=form_DD.device))
-    own_DD = metric.raw_direction(White(metric.raw_direction(unit_DD))) / form_scale(metric)
+    own_DD = form_of(metric, form_DD)
     return bool((form_DD - own_DD).abs().amax() <= 1e-4 * own_DD.abs().amax())
 
 

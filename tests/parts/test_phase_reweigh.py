@@ -125,9 +125,23 @@ def test_without_refined_coefficients_it_is_refused() -> None:
         plan_of(activation__refine="false")
 
 
-def test_the_term_asks_for_the_phase() -> None:
-    with pytest.raises(RecipeError, match='is "residual", and no phase measures that'):
+def test_the_term_asks_for_the_phase_before_its_own() -> None:
+    wanted = 'is "residual", and no phase measures that before it is used'
+    with pytest.raises(RecipeError, match=wanted):
         plan_of(phases='["calibrate", "fit", "rest"]')
+    early = REST.replace('"exhausted"', GATE)
+    with pytest.raises(RecipeError, match=wanted):
+        plan_of(
+            phases='["calibrate", "rest", "reweigh", "fit"]',
+            phase__rest=early,
+            phase__fit=HALF.replace(GATE, '"exhausted"'),
+        )
+
+
+def test_a_dictionary_that_leaves_nothing_gets_a_form_without_a_shape() -> None:
+    form_DD = Reweigh()._form(torch.zeros(4, 4).double(), torch.eye(4).double())
+    assert bool(form_DD.isfinite().all())
+    assert torch.allclose(form_DD / form_DD[0, 0], torch.eye(4).double())
 
 
 def test_samples_follow_the_width() -> None:

@@ -94,10 +94,9 @@ class Reweigh:
         return own.finished
 
     def _form(self, error_DD: Tensor, data_DD: Tensor) -> Tensor:
-        """(R + ridge tr(R) / D I)^-1 [D, D], float64; a dictionary without any error is weighed as the data is."""
-        mean = error_DD.diagonal().mean()
-        if not float(mean):
-            error_DD, mean = data_DD, data_DD.diagonal().mean()
+        """(R + ridge tr(R) / D I)^-1 [D, D], float64."""
+        # Of a dictionary that leaves nothing there is no shape to take: its ridge alone is left.
+        mean = error_DD.diagonal().mean().clamp(min=1e-12 * data_DD.diagonal().mean())
         form_DD = torch.linalg.inv(error_DD + self.ridge * mean * torch.eye(len(error_DD)).to(error_DD))
         out: Tensor = (form_DD + form_DD.T) / 2
         return out

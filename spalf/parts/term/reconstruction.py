@@ -52,13 +52,19 @@ class RelativeMse:
     over: str = field(default="data", validator=in_(("data", "batch")))
 
     def settle(self, plan: Plan) -> RelativeMse:
-        """Raises RecipeError where errors are to be weighed by what no phase measures."""
-        phases = (plan.recipe.phase[name] for name in plan.recipe.phases)
-        if self.space == "residual" and not any(label(type(one)).use == "reweigh" for one in phases):
-            message = 'is "residual", and no phase measures that'
-            hint = 'put a phase with use = "reweigh" into `phases` before this term\'s, or use "raw" or "white"'
-            raise RecipeError([Problem("space", message, hint)])
-        return self
+        """Raises RecipeError where errors are to be weighed by what no phase has measured by then."""
+        if self.space != "residual":
+            return self
+        own = {name for name, one in plan.recipe.term.items() if one == self}
+        for name in plan.recipe.phases:
+            one = plan.recipe.phase[name]
+            if label(type(one)).use == "reweigh":
+                return self
+            if own.intersection(getattr(one, "terms", ())):
+                break
+        message = 'is "residual", and no phase measures that before it is used'
+        hint = 'put a phase with use = "reweigh" into `phases` before this term\'s, or use "raw" or "white"'
+        raise RecipeError([Problem("space", message, hint)])
 
     def value(self, view: View) -> Tensor:
         forward = view.forward
