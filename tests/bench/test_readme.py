@@ -11,7 +11,7 @@ import pytest
 from spalf.bench import results
 from spalf.bench.render import render
 from spalf.bench.suite import read
-from spalf.bench.summary import against, current, rows
+from spalf.bench.summary import Row, against, current, rows
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs/benchmarks"
@@ -114,14 +114,16 @@ def test_quality() -> None:
     told = block("quality")
     assert len(told) == len(ours) == 8
     for cells, row in zip(told, ours, strict=True):
-        fvu, gap = (against(row, every, measure) for measure in ("fvu", "ce_gap"))
+        fvu, gap, kl = (against(row, every, measure) for measure in ("fvu", "ce_gap", "kl"))
         assert fvu is not None
         assert gap is not None
-        means = {name: row.mean(name) for name in ("l0", "fvu", "ce_gap")}
+        assert kl is not None
+        means = {name: row.mean(name) for name in ("l0", "fvu", "ce_gap", "kl")}
         assert None not in means.values()
         wanted = [{"fit": "the first", "full": "all"}[row.method.name], f"{row.setting:.3f}"]
         wanted += [f"{1 - means['fvu']:.3f}", f"{means['l0']:.1f}"]  # type: ignore[operator]
         wanted += [f"{means['fvu']:.3f}", f"{fvu.ratio:.2f}", f"{means['ce_gap']:.3f}", f"{gap.ratio:.2f}"]
+        wanted += [f"{means['kl']:.3f}", f"{kl.ratio:.2f}"]
         assert cells == wanted
 
 
@@ -138,29 +140,39 @@ def test_a_second_model() -> None:
 
 def test_planted_features() -> None:
     said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    suite = read(ROOT / "recipes/bench/anisotropic.toml")
-    every = rows(suite, current(suite, results.read(PAGES / "quality/anisotropic")))
-    ours = [row for row in every if row.method.name == "ours"]
-    found = [f"{row.mean('mcc'):.3f}" for row in ours]
-    ratios = [one.ratio for row in ours if (one := against(row, every, "mcc"))]
-    assert len(ratios) == 3
-    assert f"MCC {found[0]}, {found[1]} and {found[2]} at L0 15, 25 and 35" in said
-    assert "{:.2f}, {:.2f} and {:.2f} times the best peer's".format(*ratios) in said
     suite = read(ROOT / "recipes/bench/synthetic.toml")
     every = rows(suite, current(suite, results.read(PAGES / "quality/synthetic")))
-    means = {(row.method.name, row.setting): (row.mean("mcc"), row.mean("f1")) for row in every}
-    names = ("white", "ours", "topk_saelens", "whitened_saelens")
-    mine, raw, theirs, whitened = ([means[name, k] for k in (15, 25, 35, 45)] for name in names)
-    assert "MCC {:.3f}, {:.3f}, {:.3f} and {:.3f} at L0 15, 25, 35 and 45".format(*(one[0] for one in mine)) in said
-    assert "(SAELens' TopK: {:.3f}, {:.3f}, {:.3f} and {:.3f};".format(*(one[0] for one in theirs)) in said
-    assert "whitened activations: {:.3f}, {:.3f}, {:.3f} and {:.3f})".format(*(one[0] for one in whitened)) in said
-    most = max(f1 for (name, _), (_, f1) in means.items() if name not in ("white", "ours") and f1 is not None)
-    assert f"Its F1 of {mine[0][1]:.3f} at L0 15 is more than any peer has at any L0 ({most:.3f})" in said
-    for peer in (theirs, whitened):
-        assert all(a[0] > b[0] for a, b in zip(mine, peer, strict=True))  # type: ignore[operator]
-        is_ahead = [a[1] > b[1] for a, b in zip(mine, peer, strict=True)]  # type: ignore[operator]
-        assert is_ahead == [True, False, False, False]
-    assert [a[0] > b[0] for a, b in zip(raw, theirs, strict=True)] == [False, False, False, True]  # type: ignore[operator]
+    found = {(row.method.name, row.setting): row for row in every}
+    mine, raw, topk, whitened = (
+        means([found[name, k] for k in (15, 25, 35, 45)], "mcc")
+        for name in ("then_raw", "ours", "topk_saelens", "whitened_saelens")
+    )
+    assert "MCC {:.3f}, {:.3f}, {:.3f} and {:.3f} at L0 15, 25, 35 and 45".format(*mine) in said
+    assert "(SAELens' TopK: {:.3f}, {:.3f}, {:.3f} and {:.3f};".format(*topk) in said
+    assert "whitened activations: {:.3f}, {:.3f}, {:.3f} and {:.3f})".format(*whitened) in said
+    assert [a > b for a, b in zip(raw, topk, strict=True)] == [False, False, False, True]
+    ours = [row for row in every if row.method.name == "then_raw"]
+    assert min(ratios(ours, every, "mcc")) > 1
+    assert "with an F1 of {:.3f}, {:.3f}, {:.3f} and {:.3f}, ".format(*means(ours, "f1")) in said
+    assert "{:.2f}, {:.2f}, {:.2f} and {:.2f} times the best peer's".format(*ratios(ours, every, "f1")) in said
+    suite = read(ROOT / "recipes/bench/anisotropic.toml")
+    every = rows(suite, current(suite, results.read(PAGES / "quality/anisotropic")))
+    ours = [row for row in every if row.method.name == "reweighed"]
+    assert "MCC is {:.3f}, {:.3f} and {:.3f} at L0 15, 25 and 35".format(*means(ours, "mcc")) in said
+    assert "{:.2f}, {:.2f} and {:.2f} times the best peer's".format(*ratios(ours, every, "mcc")) in said
+    assert "and F1 {:.2f}, {:.2f} and {:.2f} times".format(*ratios(ours, every, "f1")) in said
+
+
+def means(some: list[Row], measure: str) -> list[float]:
+    found = [row.mean(measure) for row in some]
+    assert None not in found
+    return [one for one in found if one is not None]
+
+
+def ratios(ours: list[Row], every: list[Row], measure: str) -> list[float]:
+    found = [against(row, every, measure) for row in ours]
+    assert None not in found
+    return [one.ratio for one in found if one is not None]
 
 
 @pytest.mark.parametrize(
