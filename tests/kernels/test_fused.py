@@ -105,6 +105,7 @@ def test_every_gradient_equals_the_oracle_in_float64(shape: tuple[int, int, int]
         assert error < 1e-5, f"{name}: {error:.1e} with seed {seed}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "compute", ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(not CUDA, reason="CUDA"))]
 )

@@ -4,6 +4,7 @@ M constraints, T ticks, P problems. Numbers that are compared with a derivation 
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -25,7 +26,17 @@ from spalf.testing.dual import against_static_plant
 from spalf.testing.problems import Bank, Loop, Problem, bank
 
 DUALS = [cls for cls in vars(module).values() if isinstance(cls, type) and "__spalf__" in vars(cls)]
-CHECKS = [pytest.param(check, id=f"{label(cls).use}-{check.__name__}") for cls in DUALS for check in conform(cls)]
+# A second each: `make check` leaves them to `make test`.
+LONG = ("approaches_on_rare_ticks", "releases_and_engages_again")
+
+
+def checks(dual: type) -> Iterator[Any]:
+    for check in conform(dual):
+        marks = [pytest.mark.slow] if check.__name__.endswith(LONG) else []
+        yield pytest.param(check, id=f"{label(dual).use}-{check.__name__}", marks=marks)
+
+
+CHECKS = [param for cls in DUALS for param in checks(cls)]
 VIOLATIONS = st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=40)
 
 
@@ -262,6 +273,7 @@ def test_unsettled_law_says_what_to_do() -> None:
         Adrc().init(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "steps"), [(1, 5000), (100, 9000)])
 def test_rule_settles_under_a_dead_time_of_100_steps(every: int, steps: int) -> None:
     # without the two problems that have a mode of s below 0.1, which need 12 000 and 25 000 steps

@@ -151,6 +151,7 @@ def test_samples_follow_the_width() -> None:
     assert phase.samples == 200 * 16
 
 
+@pytest.mark.slow
 def test_both_backends_go_through_it_alike(tmp_path: Any) -> None:
     """From one checkpoint: the form reaches the lists' refinement, and the term its products, as in plain torch."""
     small = {"budget__batch": "8", "budget__tokens": "80", "filter__every": "1", "phase__reweigh": "{ samples = 16 }"}
