@@ -125,6 +125,12 @@ def test_quality() -> None:
         wanted += [f"{means['fvu']:.3f}", f"{fvu.ratio:.2f}", f"{means['ce_gap']:.3f}", f"{gap.ratio:.2f}"]
         wanted += [f"{means['kl']:.3f}", f"{kl.ratio:.2f}"]
         assert cells == wanted
+    gaps, kls = ([row.spread(n) / row.mean(n) for row in ours] for n in ("ce_gap", "kl"))  # type: ignore[operator]
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    least, most = 100 * min(gaps), 100 * max(gaps)
+    assert f"from seed to seed by {least:.1f} to {most:.0f} % in the rows above, most in the last" in said
+    assert gaps[-1] == max(gaps)
+    assert f"(KL: {100 * max(kls):.1f} % at most;" in said
 
 
 def test_a_second_model() -> None:
@@ -132,7 +138,7 @@ def test_a_second_model() -> None:
     suite = read(ROOT / "recipes/bench/embedded.toml")
     every = rows(suite, current(suite, results.read(PAGES / "quality/embedded")))
     ours = [row for row in every if row.method.name == "fit"]
-    fvu, gap = ([one.ratio for row in ours if (one := against(row, every, n))] for n in ("fvu", "ce_gap"))
+    fvu, gap = (ratios(ours, every, name) for name in ("fvu", "ce_gap"))
     assert len(fvu) == len(gap) == 3
     assert f"{min(fvu):.2f} to {max(fvu):.2f} of the best peer's FVU" in said
     assert f"and {min(gap):.2f} to {max(gap):.2f} of its CE gap" in said

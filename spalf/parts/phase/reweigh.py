@@ -80,8 +80,9 @@ class Reweigh:
         own = evolve(own, error=error, data=moments.add(own.data, seen.white_BD))
         count = float(error.n)
         if count >= self.samples:
-            form_DD = self._form(moments.covariance(error), moments.covariance(own.data))
-            form_DD *= state.metric.variance("white").double() / torch.sum(form_DD * moments.covariance(own.data))
+            data_DD = moments.covariance(own.data)
+            form_DD = self._form(moments.covariance(error), data_DD)
+            form_DD *= state.metric.variance("white").double() / torch.sum(form_DD * data_DD)
             state.sae.weigh_by(form_DD)
             state.measured[f"{state.clock.phase}.condition"] = float(torch.linalg.cond(form_DD))
             own = evolve(own, finished=True)
