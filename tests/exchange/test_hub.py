@@ -28,6 +28,11 @@ class Hub(ThreadingHTTPServer):
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.files: dict[str, bytes] = {}
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up early is no error; others are written to stderr, as they are without this."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
 
 class Answer(BaseHTTPRequestHandler):
     server: Hub
