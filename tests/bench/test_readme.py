@@ -144,28 +144,6 @@ def test_a_second_model() -> None:
     assert f"and {min(gap):.2f} to {max(gap):.2f} of its CE gap" in said
 
 
-def test_what_each_constant_costs_on_the_second_model() -> None:
-    said = " ".join((PAGES / "quality.md").read_text(encoding="utf-8").split())
-    suite = read(ROOT / "recipes/bench/sensitivity_embedded.toml")
-    every = rows(suite, current(suite, results.read(PAGES / "quality/sensitivity_embedded")))
-    means = {row.method.title: (row.mean("ce_gap"), row.mean("kl")) for row in every}
-    gap, kl = means.pop("as it is")
-    assert gap is not None
-    assert kl is not None
-    costs = {title: 100 * (row[0] / gap - 1) for title, row in means.items() if row[0] is not None}
-    assert len(costs) == 46
-    most = max(costs, key=costs.__getitem__)
-    assert most == "penalty.rho x 0.5"
-    assert f"no constant costs more than {costs[most]:.1f} %" in said
-    assert f"Most is half `penalty.rho`, {costs[most]:.2f} %" in said
-    half, twice = (costs[f"stratum.anchored.cap x {by}"] for by in ("0.5", "2"))
-    assert f"anchors {half:.1f} and {twice:+.1f} %" in said
-    halves = ("constraint.causal.sequences", "phase.causal.rate", "whitener.condition", "dual.span")
-    of = [f"{costs[f'{key} x 0.5']:.1f}" for key in halves]
-    told = "half the sequences {}, half the phase's rate {}, half `whitener.condition` {}, half `dual.span` {}."
-    assert told.format(*of) in said
-
-
 def test_planted_features() -> None:
     said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     suite = read(ROOT / "recipes/bench/synthetic.toml")
